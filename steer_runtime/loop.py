@@ -1,0 +1,225 @@
+"""The inference loop: newest observation in, stamped chunk out, on its own thread.
+
+Invariants: a steering latch and its trace belong to exactly one inference; an action that is not finite or has the
+wrong shape is never handed on; when the policy fails the hooks come off, and after `max_restarts` the loop stays stopped.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from steer_runtime.errors import SteerError
+from steer_runtime.steering.engine import SteeringEngine
+from steer_runtime.types import ActionChunk, Observation, Policy
+
+LoopState = Literal["idle", "running", "holding", "error"]
+
+
+@dataclass(frozen=True)
+class LoopEvent:
+    """Something the operator must see: a stable code and a sentence. fatal: the loop has stopped for good."""
+
+    code: str
+    sentence: str
+    fatal: bool = False
+
+
+class InferenceLoop:
+    """Runs `policy` under `engine` on the newest observation.
+
+    on_chunk and on_event are called on the loop's thread; an exception in them counts as a failure of the policy side.
+    max_restarts: how many failures of the policy are answered by a restart before the loop gives up.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: SteeringEngine,
+        on_chunk: Callable[[ActionChunk], None],
+        on_event: Callable[[LoopEvent], None],
+        *,
+        max_restarts: int = 3,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._policy = policy
+        self._engine = engine
+        self._on_chunk = on_chunk
+        self._on_event = on_event
+        self._max_restarts = max_restarts
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._newest: tuple[Observation, float] | None = None
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._state: LoopState = "idle"
+        self._restarts = 0
+        self._counters: Counter[str] = Counter(
+            dict.fromkeys(
+                (
+                    "observations",
+                    "dropped_observations",
+                    "refused_observations",
+                    "inferences",
+                    "policy_errors",
+                    "bad_actions",
+                ),
+                0,
+            )
+        )
+
+    @property
+    def state(self) -> LoopState:
+        return self._state
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Copy of the counters."""
+        with self._condition:
+            return dict(self._counters)
+
+    def start(self) -> None:
+        """Attach the engine if it is not, reset the policy, and begin."""
+        if self._thread is not None:
+            raise SteerError("already_running", "the inference loop runs already; stop it first")
+        self._stopping = False
+        self._restarts = 0
+        self._newest = None
+        self._policy.reset()
+        if not self._engine.attached:
+            self._engine.attach()
+        self._state = "running"
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._thread.start()
+
+    def submit(self, observation: Observation) -> None:
+        """Offer an observation; any thread. An older one that is still waiting is dropped and counted."""
+        with self._condition:
+            self._counters["observations"] += 1
+            if self._newest is not None:
+                self._counters["dropped_observations"] += 1
+            self._newest = (observation, self._clock())
+            self._condition.notify()
+
+    def hold(self, sentence: str) -> None:
+        """Say that observations stopped coming; the next inference resumes by itself."""
+        with self._condition:
+            if self._state != "running":
+                return
+            self._state = "holding"
+        self._on_event(LoopEvent("holding", sentence))
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the thread after the running inference and detach the engine. Raises SteerError when it does not end."""
+        thread = self._thread
+        with self._condition:
+            self._stopping = True
+            self._newest = None
+            self._condition.notify()
+        if thread is not None:
+            thread.join(timeout_s)
+            if thread.is_alive():
+                raise SteerError(
+                    "inference_stuck", f"the running inference did not end within {timeout_s} s; end the process"
+                )
+        self._thread = None
+        self._engine.detach()
+        if self._state != "error":
+            self._state = "idle"
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._stopping or self._newest is not None)
+                if self._stopping or self._newest is None:
+                    return
+                observation, received_s = self._newest
+                self._newest = None
+            try:
+                self._infer(observation, received_s)
+            except Exception as error:
+                if not self._recover(error):
+                    return
+
+    def _infer(self, observation: Observation, received_s: float) -> None:
+        steering = self._engine.latch()
+        try:
+            chunk = self._policy.infer(observation)
+        except SteerError as error:
+            self._count("refused_observations")
+            self._hold_after(LoopEvent(error.code, error.sentence))
+            return
+        record = self._engine.finish()
+        fault = _fault_in(chunk)
+        if fault is not None:
+            self._count("bad_actions")
+            self._hold_after(LoopEvent("bad_action", fault))
+            return
+        notes = {**chunk.notes, "steering_interrupted": 1.0} if record.interrupted else chunk.notes
+        stamped = chunk.stamped(
+            inference_id=record.inference_id,
+            steering=steering,
+            observation_stamp_ns=observation.stamp_ns,
+            frame_id=observation.frame_id,
+            age_s=self._clock() - received_s,
+            notes=notes,
+        )
+        with self._condition:
+            self._counters["inferences"] += 1
+            if self._stopping:
+                return
+            self._state = "running"
+        self._on_chunk(stamped)
+
+    def _recover(self, error: Exception) -> bool:
+        """Hooks off and hold; restart while allowed. False ends the thread."""
+        self._count("policy_errors")
+        self._engine.detach()
+        sentence = f"the policy failed with {type(error).__name__}: {error}"
+        if self._restarts >= self._max_restarts:
+            self._state = "error"
+            self._on_event(
+                LoopEvent("policy_failed", f"{sentence}; {self._restarts} restarts were not enough, it stays off", True)
+            )
+            return False
+        self._restarts += 1
+        self._hold_after(
+            LoopEvent(
+                "policy_restarted",
+                f"{sentence}; steering is cleared, restart {self._restarts} of {self._max_restarts}",
+            )
+        )
+        try:
+            self._policy.reset()
+            self._engine.attach()
+        except Exception as again:
+            self._state = "error"
+            self._on_event(LoopEvent("policy_failed", f"the policy did not restart: {again}", True))
+            return False
+        return True
+
+    def _hold_after(self, event: LoopEvent) -> None:
+        self._state = "holding"
+        self._on_event(event)
+
+    def _count(self, name: str) -> None:
+        with self._condition:
+            self._counters[name] += 1
+
+
+def _fault_in(chunk: ActionChunk) -> str | None:
+    """Why a chunk must not reach a robot, or None."""
+    actions = chunk.actions
+    if not isinstance(actions, np.ndarray) or actions.dtype != np.float32:
+        return f"the policy returned {getattr(actions, 'dtype', type(actions).__name__)} actions: expected float32"
+    if actions.ndim != 2 or actions.shape[0] < 1 or actions.shape[1] != chunk.space.dims:
+        return f"the policy returned actions of shape {list(actions.shape)}: expected [T >= 1, {chunk.space.dims}]"
+    if not np.isfinite(actions).all():
+        return "the policy returned NaN or infinite actions; they were refused"
+    return None

@@ -1,0 +1,317 @@
+"""Commands from operators, and the desk that admits or refuses them.
+
+Invariant: a refused command changes nothing; every command gets exactly one verdict; time is injected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from steer_runtime.directions.direction import Axis, Direction
+from steer_runtime.errors import SteerError, nearest
+from steer_runtime.types import Role, SteeringStamp, span_bits
+
+CommandOp = Literal["set", "clear", "clear_all"]
+FLOAT32_MAX = 3.4028234663852886e38
+MAX_COUNTER = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SteeringCommand:
+    """What an operator asks for.
+
+    source, epoch, sequence: who sends, which session of the sender, its counter; the order of commands.
+    stamp_ns: the sender's wall clock. target: a direction or axis (name or `name@hash`).
+    strength: [0, 1] for a direction, [-1, 1] for an axis. ramp_s: None takes the engine's default.
+    hold_s: released that long after acceptance; None holds until cleared.
+    span: narrows the direction's own span; None keeps it.
+    """
+
+    source: str
+    epoch: int
+    sequence: int
+    stamp_ns: int
+    op: CommandOp
+    target: str = ""
+    strength: float = 0.0
+    ramp_s: float | None = None
+    hold_s: float | None = None
+    priority: int = 0
+    span: frozenset[Role] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a command. `steering` is the engine's stamp after it: actions with a sequence at or past it carry it."""
+
+    accepted: bool
+    code: str
+    sentence: str
+    source: str
+    epoch: int
+    sequence: int
+    steering: SteeringStamp
+    applied_strength: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on commands. Times in seconds, slew in strength units a second."""
+
+    max_age_s: float = 1.0
+    max_future_s: float = 0.2
+    default_ramp_s: float = 0.1
+    release_s: float = 0.3
+    max_slew: float = 10.0
+    max_ramp_s: float = 60.0
+    max_hold_s: float = 3600.0
+    over_limit: Literal["clamp", "reject"] = "clamp"
+    max_sources: int = 64
+    max_targets: int = 32
+
+
+@dataclass(frozen=True)
+class Active:
+    """One target being steered: a ramp from `start` at `start_s` to `goal` at `goal_s`, released from `expires_s` on.
+
+    Times are the engine's steady clock. `order` counts acceptances: newer wins among equal priorities.
+    """
+
+    target: str
+    positive: Direction
+    negative: Direction | None
+    start: float
+    start_s: float
+    goal: float
+    goal_s: float
+    expires_s: float
+    release_s: float
+    priority: int
+    order: int
+    source: str
+    span: frozenset[Role] | None
+
+    def strength_at(self, now_s: float) -> float:
+        """Signed strength at a moment of the steady clock."""
+        held = self._ramped(min(now_s, self.expires_s))
+        if now_s <= self.expires_s:
+            return held
+        left = 1.0 - (now_s - self.expires_s) / self.release_s if self.release_s > 0 else 0.0
+        return held * max(0.0, left)
+
+    def _ramped(self, now_s: float) -> float:
+        if now_s >= self.goal_s:
+            return self.goal
+        share = max(0.0, (now_s - self.start_s) / (self.goal_s - self.start_s))
+        return self.start + share * (self.goal - self.start)
+
+    def settled_at(self, now_s: float) -> bool:
+        """True when the strength no longer changes until the next command."""
+        return now_s >= self.goal_s and math.isinf(self.expires_s)
+
+    def over_at(self, now_s: float) -> bool:
+        """True when nothing is left to apply, now or later."""
+        if now_s >= self.expires_s + self.release_s:
+            return True
+        return self.goal == 0.0 and now_s >= self.goal_s
+
+    def direction_at(self, strength: float) -> Direction | None:
+        """The direction that a signed strength stands for."""
+        return self.positive if strength >= 0 else self.negative
+
+
+@dataclass
+class CommandDesk:
+    """Admission of commands against what is loaded. Not thread-safe: the engine locks around it."""
+
+    directions: Mapping[str, Direction]
+    axes: Mapping[str, Axis]
+    limits: Limits
+    active: dict[str, Active] = field(default_factory=dict)
+    _newest: OrderedDict[str, tuple[int, int]] = field(default_factory=OrderedDict)
+    _order: int = 0
+
+    def admit(self, command: SteeringCommand, now_s: float, wall_ns: int) -> tuple[str, str, float]:
+        """Apply a command to `active`. Returns (code, sentence, applied strength). Raises SteerError when refused."""
+        _check_fields(command, self.limits)
+        self._check_time(command, wall_ns)
+        self._check_order(command)
+        for name in [name for name, entry in self.active.items() if entry.over_at(now_s)]:
+            del self.active[name]
+        if command.op == "clear_all":
+            count = len(self.active)
+            self.active.clear()
+            return "accepted", f"cleared {count} targets", 0.0
+        target, positive, negative = self._resolve(command.target)
+        self._check_owner(command, target)
+        if command.op == "clear":
+            return self._clear(command, target, now_s)
+        return self._set(command, target, positive, negative, now_s)
+
+    def _check_time(self, command: SteeringCommand, wall_ns: int) -> None:
+        age = (wall_ns - command.stamp_ns) / 1e9
+        if age > self.limits.max_age_s:
+            raise SteerError(
+                "stale",
+                f"command {command.sequence} of {command.source!r} is {age:.3f} s old: expected at most "
+                f"{self.limits.max_age_s} s; check the clocks or send it again",
+            )
+        if -age > self.limits.max_future_s:
+            raise SteerError(
+                "future",
+                f"command {command.sequence} of {command.source!r} is stamped {-age:.3f} s in the future: expected at most "
+                f"{self.limits.max_future_s} s; check the clocks",
+            )
+
+    def _check_order(self, command: SteeringCommand) -> None:
+        last = self._newest.get(command.source)
+        if last is not None and command.epoch < last[0]:
+            raise SteerError(
+                "old_epoch",
+                f"command of {command.source!r} comes from session {command.epoch}, but session {last[0]} has begun; "
+                "it is ignored",
+            )
+        if last is not None and command.epoch == last[0] and command.sequence <= last[1]:
+            raise SteerError(
+                "duplicate",
+                f"command {command.sequence} of {command.source!r} is not newer than {last[1]}, the last one seen; it is ignored",
+            )
+        self._newest[command.source] = (command.epoch, command.sequence)
+        self._newest.move_to_end(command.source)
+        while len(self._newest) > self.limits.max_sources:
+            self._newest.popitem(last=False)
+
+    def _resolve(self, target: str) -> tuple[str, Direction, Direction | None]:
+        name = target.split("@", 1)[0]
+        if name in self.axes:
+            axis = self.axes[name]
+            return name, self.directions[axis.positive], self.directions[axis.negative]
+        if name in self.directions:
+            direction = self.directions[name]
+            if "@" in target and not direction.id.startswith(target):
+                raise SteerError(
+                    "unknown_direction",
+                    f"{target[:80]!r} is not loaded: {direction.id!r} is; publish that or load the other version",
+                )
+            return name, direction, None
+        known = [*self.axes, *self.directions]
+        raise SteerError(
+            "unknown_direction", f"no direction or axis is called {target[:80]!r}: {nearest(name, known)}; see `steer list`"
+        )
+
+    def _check_owner(self, command: SteeringCommand, target: str) -> None:
+        owner = self.active.get(target)
+        if owner is not None and owner.source != command.source and command.priority < owner.priority:
+            raise SteerError(
+                "other_owner",
+                f"{target!r} is held by {owner.source!r} with priority {owner.priority}: {command.source!r} has priority "
+                f"{command.priority}; raise the priority or wait until it is released",
+            )
+
+    def _clear(self, command: SteeringCommand, target: str, now_s: float) -> tuple[str, str, float]:
+        entry = self.active.get(target)
+        if entry is None:
+            return "accepted", f"{target!r} was not active", 0.0
+        if command.ramp_s:
+            self._start_ramp(command, entry.target, entry.positive, entry.negative, 0.0, now_s)
+        else:
+            del self.active[target]
+        return "accepted", f"cleared {target!r}", 0.0
+
+    def _set(
+        self, command: SteeringCommand, target: str, positive: Direction, negative: Direction | None, now_s: float
+    ) -> tuple[str, str, float]:
+        asked = command.strength
+        chosen = negative if asked < 0 and negative is not None else positive
+        low = -chosen.max_strength if negative is not None else 0.0
+        goal = min(max(asked, low), chosen.max_strength)
+        if goal != asked and self.limits.over_limit == "reject":
+            raise SteerError(
+                "over_limit",
+                f"strength {asked:g} of {target!r} is outside [{low:g}, {chosen.max_strength:g}]; send one within",
+            )
+        if target not in self.active and len(self.active) >= self.limits.max_targets:
+            raise SteerError(
+                "too_many_targets",
+                f"{len(self.active)} targets are active: expected at most {self.limits.max_targets}; clear one first",
+            )
+        self._check_span(command, [d for d in (positive, negative) if d is not None])
+        self._start_ramp(command, target, positive, negative, goal, now_s)
+        if goal != asked:
+            return "clamped", f"strength {asked:g} of {target!r} was clamped to {goal:g}", goal
+        return "accepted", f"{target!r} goes to {goal:g}", goal
+
+    def _check_span(self, command: SteeringCommand, directions: list[Direction]) -> None:
+        if command.span is None:
+            return
+        for direction in directions:
+            if not command.span & direction.span:
+                raise SteerError(
+                    "bad_span",
+                    f"span {sorted(command.span)} has no token in common with {direction.id!r}, which acts on "
+                    f"{sorted(direction.span)}; choose among those",
+                )
+
+    def _start_ramp(
+        self,
+        command: SteeringCommand,
+        target: str,
+        positive: Direction,
+        negative: Direction | None,
+        goal: float,
+        now_s: float,
+    ) -> None:
+        before = self.active.get(target)
+        start = before.strength_at(now_s) if before is not None else 0.0
+        ramp = self.limits.default_ramp_s if command.ramp_s is None else command.ramp_s
+        ramp = max(ramp, abs(goal - start) / self.limits.max_slew)
+        hold = math.inf if command.hold_s is None else command.hold_s
+        self._order += 1
+        self.active[target] = Active(
+            target=target,
+            positive=positive,
+            negative=negative,
+            start=start,
+            start_s=now_s,
+            goal=goal,
+            goal_s=now_s + ramp,
+            expires_s=now_s + hold,
+            release_s=max(self.limits.release_s, 1.0 / self.limits.max_slew),
+            priority=command.priority,
+            order=self._order,
+            source=command.source,
+            span=command.span,
+        )
+
+
+def _check_fields(command: SteeringCommand, limits: Limits) -> None:
+    """Types and ranges; a message can carry anything. Raises SteerError."""
+    if not isinstance(command.source, str) or not 0 < len(command.source) <= 128 or "\0" in command.source:
+        raise SteerError("bad_source", "a command has no usable source: expected 1 to 128 characters; name the sender")
+    if command.op not in ("set", "clear", "clear_all"):
+        raise SteerError("bad_operation", f"operation {str(command.op)[:80]!r} is unknown: expected set, clear or clear_all")
+    for label in ("epoch", "sequence", "stamp_ns", "priority"):
+        value = getattr(command, label)
+        if isinstance(value, bool) or not isinstance(value, int) or not -MAX_COUNTER <= value <= MAX_COUNTER:
+            raise SteerError("bad_field", f"{label} is {str(value)[:80]!r}: expected a whole number of 64 bits")
+    if not isinstance(command.target, str) or "\0" in command.target or len(command.target) > 128:
+        raise SteerError("bad_field", "target is not a name of at most 128 characters; see `steer list`")
+    _number("strength", command.strength, -FLOAT32_MAX, FLOAT32_MAX, "not_finite")
+    if command.ramp_s is not None:
+        _number("ramp_s", command.ramp_s, 0.0, limits.max_ramp_s, "bad_field")
+    if command.hold_s is not None:
+        _number("hold_s", command.hold_s, 0.0, limits.max_hold_s, "bad_field")
+    if command.span is not None:
+        span_bits(command.span)
+
+
+def _number(label: str, value: object, low: float, high: float, code: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SteerError("bad_field", f"{label} is {str(value)[:80]!r}: expected a number")
+    # Comparing covers integers too large for a float as well; NaN fails both sides.
+    if not low <= value <= high:
+        raise SteerError(code, f"{label} is {str(value)[:80]}: expected a finite number in [{low:g}, {high:g}]")
