@@ -200,7 +200,8 @@ class CommandDesk:
             return name, direction, None
         known = [*self.axes, *self.directions]
         raise SteerError(
-            "unknown_direction", f"no direction or axis is called {target[:80]!r}: {nearest(name, known)}; see `steer list`"
+            "unknown_direction",
+            f"no direction or axis is called {target[:80]!r}: {nearest(name, known)}; see `steer list`",
         )
 
     def _check_owner(self, command: SteeringCommand, target: str) -> None:
@@ -293,7 +294,9 @@ def _check_fields(command: SteeringCommand, limits: Limits) -> None:
     if not isinstance(command.source, str) or not 0 < len(command.source) <= 128 or "\0" in command.source:
         raise SteerError("bad_source", "a command has no usable source: expected 1 to 128 characters; name the sender")
     if command.op not in ("set", "clear", "clear_all"):
-        raise SteerError("bad_operation", f"operation {str(command.op)[:80]!r} is unknown: expected set, clear or clear_all")
+        raise SteerError(
+            "bad_operation", f"operation {str(command.op)[:80]!r} is unknown: expected set, clear or clear_all"
+        )
     for label in ("epoch", "sequence", "stamp_ns", "priority"):
         value = getattr(command, label)
         if isinstance(value, bool) or not isinstance(value, int) or not -MAX_COUNTER <= value <= MAX_COUNTER:

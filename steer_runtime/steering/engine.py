@@ -363,7 +363,8 @@ class SteeringEngine:
     # -- latching (inference thread) ----------------------------------------------------------------------------
 
     def _sites(self) -> list[NeuronSite | DenseSite]:
-        return [site for sites in (*self._neurons.values(), *self._dense.values()) for site in sites]
+        neurons = [site for sites in self._neurons.values() for site in sites]
+        return [*neurons, *(site for sites in self._dense.values() for site in sites)]
 
     @staticmethod
     def _applied(snapshot: _Snapshot, now: float) -> list[_Applied]:
@@ -416,9 +417,9 @@ class SteeringEngine:
         for dense in self._dense[tower.name]:
             if dense.layer in tables:
                 span = spans[dense.layer]
-                active = torch.tensor([bool(span >> role & 1) for role in range(len(ROLES))])
-                table = torch.from_numpy(tables[dense.layer]).to(dense.table)
-                dense.set(DensePlan(table, active.to(dense.active.device), span))
+                vectors = torch.from_numpy(tables[dense.layer]).to(dense.table)
+                active = torch.tensor([bool(span >> role & 1) for role in range(len(ROLES))], device=vectors.device)
+                dense.set(DensePlan(vectors, active, span))
             elif dense.plan is not None:
                 dense.set(None)
 
@@ -429,7 +430,7 @@ class SteeringEngine:
         for name, tower in self.policy.towers.items():
             layout = self._layouts[name]
             tokens = [a + b for a, b in zip(tokens, layout.seen, strict=True)]
-            of_tower = (*self._neurons[name], *self._dense[name])
+            of_tower: list[NeuronSite | DenseSite] = [*self._neurons[name], *self._dense[name]]
             # One transfer for all counters: on an accelerator each `.item()` would be a synchronisation.
             in_graph = torch.stack([site.compiled_firings for site in of_tower]).tolist()
             for site, compiled in zip(of_tower, in_graph, strict=True):
@@ -442,8 +443,7 @@ class SteeringEngine:
                 if not site.fired and fired:  # compiled: the graph keeps no Python counts, the plan says what it wrote
                     forwards, written = fired, _planned_writes(site, layout)
                 neurons = site.plan.neurons if isinstance(site, NeuronSite) and site.plan is not None else ()
-                kind = "neurons" if isinstance(site, NeuronSite) else "dense"
-                sites.append(SiteTrace(name, kind, site.layer, neurons, forwards, written, site.dose))  # type: ignore[arg-type]
+                sites.append(SiteTrace(name, site.kind, site.layer, neurons, forwards, written, site.dose))
         return TraceRecord(
             inference_id=self._inference_id,
             steering=self._latched,

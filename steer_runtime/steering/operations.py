@@ -36,7 +36,8 @@ class Writes:
 def writes(direction: Direction, strength: float) -> Writes:
     """Coefficients of a neuron direction at `strength` g in (0, 1]."""
     n = direction.neurons
-    assert n is not None and 0.0 < strength <= 1.0
+    assert n is not None
+    assert 0.0 < strength <= 1.0
     g = np.float32(strength)
     size = len(n)
     scale = np.ones(size, np.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class DensePlan:
 class _Site:
     """What both kinds of hook share: counters, failure, and the fall back to baseline."""
 
-    kind: str
+    kind: Literal["neurons", "dense"]
 
     def __init__(self, tower: str, layer: int, layout: TokenLayout, on_failure: Callable[[str], None]) -> None:
         self.tower = tower
@@ -367,4 +368,3 @@ class DenseSite(_Site):
             size = (changed - h).float().norm(dim=-1) / h.float().norm(dim=-1).clamp_min(1e-12)
             self.dose = max(self.dose or 0.0, float(size.max()))
         return changed
-
