@@ -67,7 +67,8 @@ def _uint64(value: int) -> int:
     return min(max(value, 0), 2**64 - 1)
 
 
-def _span_from_mask(mask: int) -> frozenset[Role] | None:
+def span_from_mask(mask: int) -> frozenset[Role] | None:
+    """Span of a message; 0 is None, the span of the direction's card. Raises SteerError('bad_span')."""
     if mask == 0:
         return None
     if mask >> len(ROLES):
@@ -81,20 +82,26 @@ def _span_from_mask(mask: int) -> frozenset[Role] | None:
 
 
 def command_to_msg(command: SteeringCommand) -> SteeringCommandMsg:
-    """A typed message: ramp_s None becomes -1 (the engine's default), hold_s None becomes 0 (until cleared)."""
-    return SteeringCommandMsg(
-        header=Header(stamp=time_from_ns(command.stamp_ns)),
-        source=command.source,
-        epoch=command.epoch,
-        sequence=command.sequence,
-        op=_OP_NUMBERS[command.op],
-        target=command.target,
-        strength=float(command.strength),
-        ramp_s=-1.0 if command.ramp_s is None else float(command.ramp_s),
-        hold_s=0.0 if command.hold_s is None else float(command.hold_s),
-        priority=command.priority,
-        span=0 if command.span is None else span_bits(command.span),
-    )
+    """A typed message: ramp_s None becomes -1 (the engine's default), hold_s None becomes 0 (until cleared).
+
+    Raises SteerError('bad_field') for a number beyond the message's integers, such as a priority of 200.
+    """
+    try:
+        return SteeringCommandMsg(
+            header=Header(stamp=time_from_ns(command.stamp_ns)),
+            source=command.source,
+            epoch=command.epoch,
+            sequence=command.sequence,
+            op=_OP_NUMBERS[command.op],
+            target=command.target,
+            strength=float(command.strength),
+            ramp_s=-1.0 if command.ramp_s is None else float(command.ramp_s),
+            hold_s=0.0 if command.hold_s is None else float(command.hold_s),
+            priority=command.priority,
+            span=0 if command.span is None else span_bits(command.span),
+        )
+    except AssertionError as error:  # the message's own range checks
+        raise SteerError("bad_field", f"the command does not fit its message: {error}; correct that field") from error
 
 
 def command_from_msg(message: SteeringCommandMsg) -> SteeringCommand:
@@ -116,7 +123,7 @@ def command_from_msg(message: SteeringCommandMsg) -> SteeringCommand:
         ramp_s=None if not message.ramp_s >= 0 else message.ramp_s,
         hold_s=None if message.hold_s == 0 else message.hold_s,
         priority=message.priority,
-        span=_span_from_mask(message.span),
+        span=span_from_mask(message.span),
     )
 
 
