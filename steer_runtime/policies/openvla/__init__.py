@@ -1,0 +1,1 @@
+"""OpenVLA on transformers' own classes: no remote code, no `generate()`."""

@@ -1,0 +1,221 @@
+"""Shape of an OpenVLA, from the published 7B down to a pocket or test size.
+
+Invariant: the published `config.json` and ours parse to the same frozen object; whatever decides a tensor's shape or a
+token's meaning is in it, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from steer_runtime.errors import SteerError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """One vision tower. depth counts all published blocks; the output is that of block depth - 2 (the second to last).
+
+    registers and class_token are DINOv2's (4 and one CLS); SigLIP has neither.
+    """
+
+    hidden: int
+    depth: int
+    heads: int
+    mlp: int
+    registers: int = 0
+    class_token: bool = False
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """The Llama tower. vocab_rows: rows of the embedding, padding included; tied: the unembedding is the embedding."""
+
+    vocab_rows: int
+    d_model: int
+    d_ff: int
+    layers: int
+    heads: int
+    kv_heads: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_positions: int = 2048
+    tied: bool = False
+    bos_token_id: int = 1
+
+
+@dataclass(frozen=True)
+class OpenVLAConfig:
+    """Architecture and token conventions (Kim et al. 2024, arXiv 2406.09246, and its HF modelling code).
+
+    usable_vocab: first id that is not a token; action tokens are the n_bins ids below it. append_token_id: the token
+    Llama's tokenizer puts after "Out:" in training (29871), None for tokenizers without it. restrict_to_action_tokens:
+    decode among action tokens only; the published policy decodes among all. trained: False for random weights.
+    """
+
+    dino: ViTConfig
+    siglip: ViTConfig
+    lm: LMConfig
+    usable_vocab: int
+    image_size: int = 224
+    patch: int = 14
+    n_bins: int = 256
+    append_token_id: int | None = 29871
+    restrict_to_action_tokens: bool = False
+    max_prompt_tokens: int = 128
+    trained: bool = True
+    name: str = "openvla"
+    norm_stats: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.image_size % self.patch:
+            problems.append(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
+        if not self.n_bins < self.usable_vocab <= self.lm.vocab_rows:
+            problems.append(
+                f"usable_vocab {self.usable_vocab} must be above n_bins {self.n_bins} and at most "
+                f"vocab_rows {self.lm.vocab_rows}"
+            )
+        for tower, vit in (("dino", self.dino), ("siglip", self.siglip)):
+            if vit.hidden % vit.heads:
+                problems.append(f"{tower} hidden {vit.hidden} is not a multiple of its {vit.heads} heads")
+            if vit.depth < 2:
+                problems.append(f"{tower} depth {vit.depth} leaves no second-to-last block")
+        if self.dino.mlp % self.dino.hidden:
+            problems.append(f"dino mlp {self.dino.mlp} is not a multiple of its hidden size {self.dino.hidden}")
+        if self.lm.d_model % self.lm.heads or self.lm.heads % self.lm.kv_heads:
+            problems.append(
+                f"lm d_model {self.lm.d_model}, heads {self.lm.heads} and kv_heads {self.lm.kv_heads} do not divide"
+            )
+        if self.lm.layers < 1:
+            problems.append("lm has no layers")
+        if problems:
+            raise SteerError(
+                "bad_model_config", "the model configuration does not fit together: " + "; ".join(problems)
+            )
+
+    @property
+    def patches(self) -> int:
+        """Image tokens of one action."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prefill: BOS and prompt, and the patches."""
+        return self.max_prompt_tokens + self.patches
+
+
+OPENVLA_7B = OpenVLAConfig(
+    dino=ViTConfig(hidden=1024, depth=24, heads=16, mlp=4096, registers=4, class_token=True),
+    siglip=ViTConfig(hidden=1152, depth=27, heads=16, mlp=4304),
+    lm=LMConfig(vocab_rows=32064, d_model=4096, d_ff=11008, layers=32, heads=32, kv_heads=32),
+    usable_vocab=32000,
+    name="openvla-7b",
+)
+"""The published architecture: `dinosiglip-vit-so-224px` and Llama-2-7B (HF modelling code of openvla/openvla)."""
+
+_PUBLISHED_VISION = "dinosiglip-vit-so-224px"
+
+
+def read_config(path: Path) -> OpenVLAConfig:
+    """Parse a checkpoint's `config.json`, published or ours. Raises SteerError('bad_model_config')."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SteerError(
+            "no_checkpoint", f"{path.parent} has no config.json: give the directory of an OpenVLA checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SteerError(
+            "bad_model_config", f"{path} is not readable JSON ({error}); download the file again"
+        ) from None
+    if not isinstance(raw, dict):
+        raise SteerError("bad_model_config", f"{path} holds a {type(raw).__name__}: expected a JSON object")
+    try:
+        return parse_config(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SteerError("bad_model_config", f"{path} is not an OpenVLA configuration: {error!r}") from None
+
+
+def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
+    """Configuration from the content of a `config.json`.
+
+    A field the published files leave out has the default of Llama's configuration class, which is what the published
+    modelling code runs with; usable_vocab is vocab_size - pad_to_multiple_of as there.
+    """
+    if raw.get("model_type") != "openvla":
+        raise SteerError(
+            "bad_model_config",
+            f"config.json has model_type {raw.get('model_type')!r}: expected 'openvla'; other policies need their own loader",
+        )
+    text = dict(raw.get("text_config") or {})
+    if text.get("rope_scaling"):
+        raise SteerError("bad_model_config", "config.json asks for rope_scaling, which OpenVLA's Llama-2 does not use")
+    rope = text.get("rope_parameters") or {}
+    published = OPENVLA_7B.lm
+    lm = LMConfig(
+        vocab_rows=int(text.get("vocab_size", published.vocab_rows)),
+        d_model=int(text.get("hidden_size", published.d_model)),
+        d_ff=int(text.get("intermediate_size", published.d_ff)),
+        layers=int(text.get("num_hidden_layers", published.layers)),
+        heads=int(text.get("num_attention_heads", published.heads)),
+        kv_heads=int(text.get("num_key_value_heads", text.get("num_attention_heads", published.kv_heads))),
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", published.rope_theta))),
+        rms_norm_eps=float(text.get("rms_norm_eps", published.rms_norm_eps)),
+        max_positions=int(text.get("max_position_embeddings", published.max_positions)),
+        tied=bool(text.get("tie_word_embeddings", published.tied)),
+        bos_token_id=int(text.get("bos_token_id", published.bos_token_id)),
+    )
+    ours = dict(raw.get("steer_runtime") or {})
+    unknown = set(ours) - {"dino", "siglip", *(f.name for f in fields(OpenVLAConfig))}
+    if unknown:
+        raise SteerError("bad_model_config", f"config.json's section steer_runtime has unknown keys {sorted(unknown)}")
+    if "dino" in ours and "siglip" in ours:
+        dino, siglip = ViTConfig(**ours.pop("dino")), ViTConfig(**ours.pop("siglip"))
+    elif raw.get("vision_backbone_id", _PUBLISHED_VISION) == _PUBLISHED_VISION:
+        dino, siglip = OPENVLA_7B.dino, OPENVLA_7B.siglip
+    else:
+        raise SteerError(
+            "bad_model_config",
+            f"config.json has vision_backbone_id {raw.get('vision_backbone_id')!r}: expected {_PUBLISHED_VISION!r}",
+        )
+    ours.setdefault("usable_vocab", lm.vocab_rows - int(raw.get("pad_to_multiple_of", 64)))
+    ours.setdefault("n_bins", int(raw.get("n_action_bins", 256)))
+    return OpenVLAConfig(dino=dino, siglip=siglip, lm=lm, norm_stats=raw.get("norm_stats") or {}, **ours)
+
+
+def emit_config(config: OpenVLAConfig) -> dict[str, Any]:
+    """Content of `config.json`: the published fields, and a section `steer_runtime` for what they cannot say."""
+    lm = config.lm
+    ours = {
+        f.name: getattr(config, f.name)
+        for f in fields(OpenVLAConfig)
+        if f.name not in {"dino", "siglip", "lm", "norm_stats", "n_bins"}
+    }
+    return {
+        "model_type": "openvla",
+        "n_action_bins": config.n_bins,
+        "pad_to_multiple_of": lm.vocab_rows - config.usable_vocab,
+        "image_sizes": [config.image_size, config.image_size],
+        "image_resize_strategy": "resize-naive",
+        "use_fused_vision_backbone": True,
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": lm.vocab_rows,
+            "hidden_size": lm.d_model,
+            "intermediate_size": lm.d_ff,
+            "num_hidden_layers": lm.layers,
+            "num_attention_heads": lm.heads,
+            "num_key_value_heads": lm.kv_heads,
+            "rope_theta": lm.rope_theta,
+            "rms_norm_eps": lm.rms_norm_eps,
+            "max_position_embeddings": lm.max_positions,
+            "tie_word_embeddings": lm.tied,
+            "bos_token_id": lm.bos_token_id,
+        },
+        "norm_stats": dict(config.norm_stats),
+        "steer_runtime": {**ours, "dino": asdict(config.dino), "siglip": asdict(config.siglip)},
+    }

@@ -1,0 +1,186 @@
+"""The OpenVLA network on transformers' own layers: two vision towers, a projector, a Llama, greedy decoding.
+
+Invariant: one action is one vision pass and exactly `ACTION_TOKENS` language-model forwards, and every token that
+enters the language model passes `embedding_entry` first, so that a hook there sees the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersEmbeddings,
+    Dinov2WithRegistersLayer,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+
+from steer_runtime.policies.openvla.config import OpenVLAConfig
+from steer_runtime.types import Role
+
+ACTION_TOKENS = 7
+"""Tokens of one action: translation 3, rotation 3, gripper 1 (the published `predict_action`)."""
+
+Announce = Callable[[list[Role]], None]
+
+
+class DinoTower(nn.Module):
+    """DINOv2 with registers: [B, 3, S, S] -> [B, patches, hidden], block depth - 2, prefix tokens dropped, no norm."""
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__()
+        vit = config.dino
+        hf = Dinov2WithRegistersConfig(
+            hidden_size=vit.hidden,
+            num_hidden_layers=vit.depth,
+            num_attention_heads=vit.heads,
+            mlp_ratio=vit.mlp // vit.hidden,
+            num_register_tokens=vit.registers,
+            image_size=config.image_size,
+            patch_size=config.patch,
+            layer_norm_eps=1e-6,
+            attn_implementation="sdpa",
+        )
+        self.prefix = 1 + vit.registers
+        self.embeddings = Dinov2WithRegistersEmbeddings(hf)
+        self.layers = nn.ModuleList(Dinov2WithRegistersLayer(hf) for _ in range(vit.depth - 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        hidden = self.embeddings(pixels)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden[:, self.prefix :]
+
+
+class SiglipTower(nn.Module):
+    """SigLIP: [B, 3, S, S] -> [B, patches, hidden], output of block depth - 2, no norm, exact GELU."""
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__()
+        vit = config.siglip
+        hf = SiglipVisionConfig(
+            hidden_size=vit.hidden,
+            intermediate_size=vit.mlp,
+            num_hidden_layers=vit.depth,
+            num_attention_heads=vit.heads,
+            image_size=config.image_size,
+            patch_size=config.patch,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+            attn_implementation="sdpa",
+        )
+        self.embeddings = SiglipVisionEmbeddings(hf)
+        self.layers = nn.ModuleList(SiglipEncoderLayer(hf) for _ in range(vit.depth - 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        hidden = self.embeddings(pixels)
+        for layer in self.layers:
+            hidden = layer(hidden, None)
+        return hidden
+
+
+class Projector(nn.Module):
+    """Patch features to the language model: fc3(gelu(fc2(gelu(fc1(x))))), exact GELU, first width 4x the input's."""
+
+    def __init__(self, vision: int, d_model: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision, 4 * vision)
+        self.fc2 = nn.Linear(4 * vision, d_model)
+        self.fc3 = nn.Linear(d_model, d_model)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(self.fc1(features))
+        return self.fc3(nn.functional.gelu(self.fc2(hidden)))
+
+
+class OpenVLAModel(nn.Module):
+    """The whole network. Parameters may be constructed on the meta device; `restore_buffers` then fills the buffers."""
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        lm = config.lm
+        self.dino = DinoTower(config)
+        self.siglip = SiglipTower(config)
+        self.projector = Projector(config.dino.hidden + config.siglip.hidden, lm.d_model)
+        self.embedding_entry = nn.Identity()
+        self.llama_config = LlamaConfig(
+            vocab_size=lm.vocab_rows,
+            hidden_size=lm.d_model,
+            intermediate_size=lm.d_ff,
+            num_hidden_layers=lm.layers,
+            num_attention_heads=lm.heads,
+            num_key_value_heads=lm.kv_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": lm.rope_theta},
+            rms_norm_eps=lm.rms_norm_eps,
+            max_position_embeddings=lm.max_positions,
+            tie_word_embeddings=lm.tied,
+            bos_token_id=lm.bos_token_id,
+            attn_implementation="sdpa",
+        )
+        self.language_model = LlamaForCausalLM(self.llama_config)
+        if lm.tied:
+            self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
+
+    def restore_buffers(self, device: torch.device | str) -> None:
+        """Recompute what is derived from the configuration and never stored: rotary frequencies, position ids."""
+        with torch.device(device):
+            self.language_model.model.rotary_emb = LlamaRotaryEmbedding(self.llama_config)
+            self.siglip.embeddings.position_ids = torch.arange(self.config.patches).expand((1, -1))
+
+    @property
+    def unembedding(self) -> Tensor:
+        """Token basis of the language model, [vocab_rows, d_model]."""
+        return self.language_model.lm_head.weight
+
+    def vision(self, pixels: Tensor) -> Tensor:
+        """Patch embeddings [B, patches, d_model] of pixels [B, 6, S, S]: three channels for DINO, three for SigLIP."""
+        features = torch.cat((self.dino(pixels[:, :3]), self.siglip(pixels[:, 3:])), dim=2)
+        return self.projector(features)
+
+    def embed(self, pixels: Tensor, prompt_ids: Tensor) -> Tensor:
+        """Prefill embeddings [B, 1 + patches + n - 1, d_model]: BOS, patches, rest of the prompt ids [B, n]."""
+        text = self.language_model.model.embed_tokens(prompt_ids)
+        return torch.cat((text[:, :1], self.vision(pixels).to(text.dtype), text[:, 1:]), dim=1)
+
+    def prefill_roles(self, prompt_tokens: int) -> list[Role]:
+        """Role of each prefill token, in order."""
+        return ["text", *["image"] * self.config.patches, *["text"] * (prompt_tokens - 1)]  # type: ignore[list-item]
+
+    def step(self, embeddings: Tensor, cache: DynamicCache | None) -> Tensor:
+        """One causal language-model forward: logits [B, vocab_rows] after the last of the embeddings [B, T, d_model]."""
+        entered = self.embedding_entry(embeddings)
+        hidden = self.language_model.model(
+            inputs_embeds=entered, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+        return self.language_model.lm_head(hidden[:, -1])
+
+    def decode(self, pixels: Tensor, prompt_ids: Tensor, announce: Announce | None = None) -> tuple[Tensor, Tensor]:
+        """Greedy action tokens int64 [7] and their logits float32 [7, vocab_rows], for one observation.
+
+        pixels [1, 6, S, S], prompt_ids int64 [1, n]. `announce` hears the token roles before each forward. The logits
+        are the network's own; `restrict_to_action_tokens` only narrows the choice of the token.
+        """
+        config = self.config
+        low = config.usable_vocab - config.n_bins if config.restrict_to_action_tokens else 0
+        high = config.usable_vocab if config.restrict_to_action_tokens else config.lm.vocab_rows
+        cache = DynamicCache(config=self.llama_config)
+        embeddings = self.embed(pixels, prompt_ids)
+        roles: list[Role] = self.prefill_roles(prompt_ids.shape[1])
+        tokens, logits = [], []
+        for index in range(ACTION_TOKENS):
+            if announce is not None:
+                announce(roles)
+            scores = self.step(embeddings, cache)
+            token = scores[:, low:high].argmax(dim=-1) + low
+            tokens.append(token)
+            logits.append(scores.float())
+            if index + 1 < ACTION_TOKENS:
+                embeddings = self.language_model.model.embed_tokens(token[:, None])
+                roles = ["action"]
+        return torch.cat(tokens), torch.cat(logits)

@@ -1,0 +1,208 @@
+"""OpenVLA as a Policy: an observation in, one LIBERO action out, token roles announced before every forward.
+
+Invariant: without a listener and with one, the numbers are the same; the policy knows nothing of steering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from steer_runtime.errors import SteerError, nearest
+from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
+from steer_runtime.policies.openvla.checkpoint import LoadReport, load_checkpoint
+from steer_runtime.policies.openvla.image import libero_image, pixel_values
+from steer_runtime.policies.openvla.model import ACTION_TOKENS, OpenVLAModel
+from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
+
+TOWER = "lm"
+_HASH_BLOCK = 1 << 22  # elements hashed at a time: 16 MB of float32
+
+
+def prompt_text(instruction: str) -> str:
+    """The published prompt (openvla `get_vla_action`)."""
+    return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
+
+
+class OpenVLAPolicy:
+    """A loaded OpenVLA with the statistics of one suite. One instance serves one inference thread.
+
+    `tokenizer`: fast tokenizer of the checkpoint. `model`: the network. `report`: what the load left aside.
+    """
+
+    def __init__(
+        self,
+        model: OpenVLAModel,
+        tokenizer: PreTrainedTokenizerFast,
+        statistics: Statistics,
+        *,
+        name: str | None = None,
+        camera: str = "agentview",
+        report: LoadReport | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.statistics = statistics
+        self.report = report
+        self.config = model.config
+        self.name = name or model.config.name
+        self.trained = model.config.trained
+        self.camera = camera
+        self.action_space: ActionSpace = LIBERO_ACTION_SPACE
+        self.actions = ActionTokenizer(self.config.usable_vocab, self.config.n_bins)
+        decoder = model.language_model.model
+        lm = self.config.lm
+        self.towers: Mapping[str, Tower] = {
+            TOWER: Tower(
+                name=TOWER,
+                down_projs=tuple(layer.mlp.down_proj for layer in decoder.layers),
+                residual_sites=(model.embedding_entry, *decoder.layers),
+                d_model=lm.d_model,
+                d_ff=lm.d_ff,
+                max_tokens=self.config.max_tokens,
+                firings_per_inference=ACTION_TOKENS,
+            )
+        }
+        self._listener: TokenRoles | None = None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        directory: Path,
+        suite: str,
+        *,
+        name: str | None = None,
+        camera: str = "agentview",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> OpenVLAPolicy:
+        """Load a checkpoint directory (published layout). Raises SteerError as `load_checkpoint`, no_statistics, no_tokenizer."""
+        model, report = load_checkpoint(directory, dtype=dtype, device=device)
+        statistics = read_statistics(directory, model.config, suite)
+        return cls(model, load_tokenizer(directory), statistics, name=name, camera=camera, report=report)
+
+    def __repr__(self) -> str:
+        label = "trained" if self.trained else "untrained policy"
+        lm = self.config.lm
+        return (
+            f"OpenVLAPolicy({self.name!r}, {label}, {lm.layers} layers of {lm.d_model} with {lm.d_ff} neurons, "
+            f"{self.config.patches} patches, statistics {self.statistics.key!r})"
+        )
+
+    @property
+    def unembedding(self) -> Tensor:
+        """Token basis of tower "lm", [vocab_rows, d_model]."""
+        return self.model.unembedding
+
+    def action_token_values(self) -> dict[int, float]:
+        """Bin centre in [-1, 1] of each action token id."""
+        return self.actions.values()
+
+    @cached_property
+    def model_hash(self) -> str:
+        """sha256 hex of every down_proj and the unembedding: names, shapes, values as little-endian float32.
+
+        A bf16 model and its exact float32 copy hash alike.
+        """
+        digest = hashlib.sha256()
+        layers = self.towers[TOWER].down_projs
+        named = [(f"{TOWER}.{i}.down_proj", module.weight) for i, module in enumerate(layers)]  # type: ignore[attr-defined]
+        for name, weight in [*named, (f"{TOWER}.unembedding", self.unembedding)]:
+            digest.update(f"{name} {list(weight.shape)}\n".encode())
+            flat = weight.detach().reshape(-1)
+            for start in range(0, flat.numel(), _HASH_BLOCK):
+                block = flat[start : start + _HASH_BLOCK].to("cpu", torch.float32).numpy()
+                digest.update(block.astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()
+
+    def announce_roles_to(self, listener: TokenRoles | None) -> None:
+        """Set (or clear) who is told the token roles before each forward of tower "lm"."""
+        self._listener = listener
+
+    def reset(self) -> None:
+        """Nothing to forget: each action depends on its observation alone."""
+
+    @torch.inference_mode()
+    def infer(self, observation: Observation) -> ActionChunk:
+        """One action, float32 [1, 7] in LIBERO's action space, by one vision pass and 7 language-model forwards.
+
+        notes: out_of_range_tokens, how many of the 7 tokens were no action tokens (clipped as published).
+        Raises SteerError: missing_camera, bad_image, bad_instruction, not_finite.
+        """
+        tokens, logits = self._decode(observation)
+        if not bool(torch.isfinite(logits).all()):
+            raise SteerError(
+                "not_finite",
+                f"{self.name} computed logits that are not finite: the action is refused; lower or clear the steering",
+            )
+        ids = tokens.cpu().numpy()
+        action = self.statistics.unnormalise(self.actions.decode(ids))
+        action[6] = libero_gripper(float(action[6]))
+        return ActionChunk(
+            actions=action[None].astype(np.float32),
+            space=self.action_space,
+            notes={"out_of_range_tokens": float(self.actions.out_of_range(ids))},
+        )
+
+    @torch.inference_mode()
+    def logits(self, observation: Observation) -> Tensor:
+        """float32 [7, vocab_rows]: logits of the 7 decoding steps, each after the policy's own greedy tokens."""
+        return self._decode(observation)[1]
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """BOS, the prompt's tokens, and the appended token of the training format. Raises SteerError('bad_instruction')."""
+        # Bound the tokenizer's work before it starts: an instruction may come from the network.
+        limit = 32 * self.config.max_prompt_tokens
+        if not instruction.strip() or len(instruction) > limit:
+            raise SteerError(
+                "bad_instruction",
+                f"the instruction has {len(instruction)} characters: expected 1 to {limit}, not only spaces",
+            )
+        ids = [self.config.lm.bos_token_id, *self.tokenizer.encode(prompt_text(instruction), add_special_tokens=False)]
+        if self.config.append_token_id is not None and ids[-1] != self.config.append_token_id:
+            ids.append(self.config.append_token_id)
+        if len(ids) > self.config.max_prompt_tokens:
+            raise SteerError(
+                "bad_instruction",
+                f"the instruction makes a prompt of {len(ids)} tokens: expected at most {self.config.max_prompt_tokens}; "
+                "shorten it",
+            )
+        return ids
+
+    def pixels(self, observation: Observation) -> Tensor:
+        """Network input float32 [1, 6, S, S] of the observation's camera. Raises SteerError: missing_camera, bad_image."""
+        image = observation.images.get(self.camera)
+        if image is None:
+            raise SteerError(
+                "missing_camera",
+                f"the observation has no image of camera {self.camera!r}: {nearest(self.camera, observation.images)}",
+            )
+        return pixel_values(libero_image(image, self.config.image_size, camera=self.camera))
+
+    def _decode(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        weight = self.unembedding
+        pixels = self.pixels(observation).to(weight.device, weight.dtype)
+        prompt = torch.tensor([self.prompt_ids(observation.instruction)], device=weight.device)
+        return self.model.decode(pixels, prompt, self._announce)
+
+    def _announce(self, roles: list[Role]) -> None:
+        if self._listener is not None:
+            self._listener.set_roles(TOWER, roles)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint's `tokenizer.json`; no network, no remote code. Raises SteerError('no_tokenizer')."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise SteerError("no_tokenizer", f"{directory} has no tokenizer.json: download it with the checkpoint")
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
+        raise SteerError("no_tokenizer", f"{path} is not a tokenizer file ({error}); download it again") from None
