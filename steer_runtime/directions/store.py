@@ -110,7 +110,7 @@ class DirectionStore:
                 f"provenance of direction {direction.name!r} is not plain JSON ({why}): expected finite numbers, "
                 "strings, booleans, lists and mappings with string keys",
             ) from why
-        if (self.root / f"{direction.name}.axis.json").exists():
+        if self.has_axis(direction.name):
             raise SteerError(
                 "name_taken", f"{direction.name!r} is an axis in {self.root}; choose another name for the direction"
             )
@@ -184,17 +184,28 @@ class DirectionStore:
 
     def load_axes(self) -> tuple[Axis, ...]:
         """Every axis, by name. Raises SteerError for a bad file or an end that is not in the store."""
-        axes = []
-        for name in sorted(n for n in self._names() if n.endswith(".axis.json")):
-            parsed = _parse(_AxisCard, _read_file(self.root / name, MAX_CARD_BYTES), name)
-            axis = Axis(parsed["name"], parsed["negative"], parsed["positive"])
-            if f"{axis.name}.axis.json" != name:
-                raise SteerError(
-                    "bad_card", f"axis file {name!r} holds the axis {axis.name[:80]!r}: rename one of them"
-                )
-            self._check_axis(axis)
-            axes.append(axis)
-        return tuple(axes)
+        return tuple(self._read_axis(n) for n in sorted(self._names()) if n.endswith(".axis.json"))
+
+    def has_axis(self, name: str) -> bool:
+        """Whether there is an axis file of that name; `load_axis` says whether it is good."""
+        return f"{name}.axis.json" in self._names()
+
+    def load_axis(self, name: str) -> Axis:
+        """The axis called `name`. Raises SteerError: 'unknown_axis', and as `load_axes`."""
+        if not self.has_axis(name):
+            known = [n.removesuffix(".axis.json") for n in self._names() if n.endswith(".axis.json")]
+            raise SteerError("unknown_axis", f"axis {name[:80]!r} is not in {self.root}: {nearest(name, known)}")
+        return self._read_axis(f"{name}.axis.json")
+
+    def _read_axis(self, file_name: str) -> Axis:
+        parsed = _parse(_AxisCard, _read_file(self.root / file_name, MAX_CARD_BYTES), file_name)
+        axis = Axis(parsed["name"], parsed["negative"], parsed["positive"])
+        if f"{axis.name}.axis.json" != file_name:
+            raise SteerError(
+                "bad_card", f"axis file {file_name!r} holds the axis {axis.name[:80]!r}: rename one of them"
+            )
+        self._check_axis(axis)
+        return axis
 
     def _check_axis(self, axis: Axis) -> None:
         if not NAME.fullmatch(axis.name) or ".." in axis.name:

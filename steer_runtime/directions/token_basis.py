@@ -121,7 +121,7 @@ class TokenBasis:
 
         Raises SteerError('unknown_word') when no single token does.
         """
-        tokens = self._index.get(_plain(word), ())
+        tokens = self._index.get(_plain(word), ()) if _plain(word) else ()
         if not tokens:
             # Alike words share their first letter; the whole vocabulary would take difflib seconds.
             alike = [w for w in self._index if w[:1] == _plain(word)[:1] and len(w) > 1]
