@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +109,6 @@ def load_smollm2(gguf: Path) -> tuple[Any, Any]:
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, needed for building only
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     return source.eval(), AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 

@@ -5,6 +5,7 @@ Invariant: a policy configuration is data that says everything; unknown keys, na
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +53,17 @@ def policy_configs() -> dict[str, Path]:
     return found
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def load_policy(
     config: Path | str,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = _to_stderr,
 ) -> OpenVLAPolicy:
     """Policy of a YAML file, or of a bare name in `configs/policies/` ("pocket" is enough for "pocket-untrained").
 
@@ -72,7 +77,11 @@ def load_policy(
         progress(
             f"building the untrained pocket policy in {directory} (layers {list(spec.build.layers)}, under a minute)"
         )
-        build_pocket(directory, **spec.build.model_dump())
+        try:
+            build_pocket(directory, **spec.build.model_dump())
+        except SteerError as error:
+            if error.code != "exists":  # another process finished the same checkpoint first
+                raise
     return OpenVLAPolicy.from_checkpoint(
         directory,
         spec.suite,

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.config import OpenVLAConfig, emit_config, read_config
+from steer_runtime.policies.openvla.config import emit_config, read_config
 from steer_runtime.policies.openvla.layout import NOT_PERSISTENT, Entry, Target, entries, zero_filled
 from steer_runtime.policies.openvla.model import OpenVLAModel
 
@@ -64,7 +64,7 @@ def load_checkpoint(
     table = entries(config)
     report = _check(table, stored, directory)
 
-    target_dtype = dtype or _DTYPES[stored[_lm_norm(table)].dtype]
+    target_dtype = dtype or _DTYPES[stored[_embedding_key(table)].dtype]
     with torch.device("meta"):
         model = OpenVLAModel(config)
     model.to(target_dtype)
@@ -298,7 +298,7 @@ def _write_shards(model: OpenVLAModel, directory: Path, shard_bytes: int) -> Non
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _lm_norm(table: Iterable[Entry]) -> str:
+def _embedding_key(table: Iterable[Entry]) -> str:
     return next(e.key for e in table if e.key.endswith("embed_tokens.weight"))
 
 

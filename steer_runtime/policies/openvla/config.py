@@ -151,7 +151,7 @@ def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
             "bad_model_config",
             f"config.json has model_type {raw.get('model_type')!r}: expected 'openvla'; other policies need their own loader",
         )
-    text = dict(raw.get("text_config") or {})
+    text: dict[str, Any] = {k: v for k, v in (raw.get("text_config") or {}).items() if v is not None}
     if text.get("rope_scaling"):
         raise SteerError("bad_model_config", "config.json asks for rope_scaling, which OpenVLA's Llama-2 does not use")
     rope = text.get("rope_parameters") or {}

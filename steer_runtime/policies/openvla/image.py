@@ -29,14 +29,13 @@ JPEG_QUALITY = 95
 
 def require_image(image: np.ndarray, camera: str) -> None:
     """Refuse what is not a square uint8 RGB image of 16 to 4096 px. Raises SteerError('bad_image')."""
-    if not isinstance(image, np.ndarray):
-        given = type(image).__name__
-    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2:] != (3,) or image.shape[0] != image.shape[1]:
-        given = f"{image.dtype} {list(image.shape)}"
-    elif not 16 <= image.shape[0] <= 4096:
+    if isinstance(image, np.ndarray):
+        rgb = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        if rgb and image.shape[0] == image.shape[1] and 16 <= image.shape[0] <= 4096:
+            return
         given = f"{image.dtype} {list(image.shape)}"
     else:
-        return
+        given = type(image).__name__
     raise SteerError(
         "bad_image",
         f"camera {camera!r} gave {given}: expected a square uint8 RGB image [H, H, 3] of 16 to 4096 px; "

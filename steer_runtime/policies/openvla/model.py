@@ -44,8 +44,8 @@ class DinoTower(nn.Module):
             image_size=config.image_size,
             patch_size=config.patch,
             layer_norm_eps=1e-6,
-            attn_implementation="sdpa",
         )
+        hf._attn_implementation = "sdpa"
         self.prefix = 1 + vit.registers
         self.embeddings = Dinov2WithRegistersEmbeddings(hf)
         self.layers = nn.ModuleList(Dinov2WithRegistersLayer(hf) for _ in range(vit.depth - 1))
@@ -72,8 +72,8 @@ class SiglipTower(nn.Module):
             patch_size=config.patch,
             hidden_act="gelu",
             layer_norm_eps=1e-6,
-            attn_implementation="sdpa",
         )
+        hf._attn_implementation = "sdpa"
         self.embeddings = SiglipVisionEmbeddings(hf)
         self.layers = nn.ModuleList(SiglipEncoderLayer(hf) for _ in range(vit.depth - 1))
 
@@ -121,8 +121,8 @@ class OpenVLAModel(nn.Module):
             max_position_embeddings=lm.max_positions,
             tie_word_embeddings=lm.tied,
             bos_token_id=lm.bos_token_id,
-            attn_implementation="sdpa",
         )
+        self.llama_config._attn_implementation = "sdpa"
         self.language_model = LlamaForCausalLM(self.llama_config)
         if lm.tied:
             self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
@@ -131,7 +131,8 @@ class OpenVLAModel(nn.Module):
         """Recompute what is derived from the configuration and never stored: rotary frequencies, position ids."""
         with torch.device(device):
             self.language_model.model.rotary_emb = LlamaRotaryEmbedding(self.llama_config)
-            self.siglip.embeddings.position_ids = torch.arange(self.config.patches).expand((1, -1))
+            position_ids = torch.arange(self.config.patches).expand((1, -1))
+            self.siglip.embeddings.register_buffer("position_ids", position_ids, persistent=False)
 
     @property
     def unembedding(self) -> Tensor:
