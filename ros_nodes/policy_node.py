@@ -1,0 +1,657 @@
+"""The policy node: observations in, stamped actions out, steering commands judged in between.
+
+Invariants: the same node runs against every robot, and publishes no action before the robot has described itself and
+fits; whatever arrives, the node answers, counts and goes on; inactive means that no hook is in the policy.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import PoseStamped
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Header, String
+from std_srvs.srv import Trigger
+from steer_msgs.msg import ActionChunk as ActionChunkMsg
+from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
+from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
+from steer_msgs.msg import SteeringState as SteeringStateMsg
+from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
+
+from ros_nodes.assembler import ObservationAssembler
+from ros_nodes.convert import (
+    RobotDescription,
+    active_to_msg,
+    chunk_to_msg,
+    clean_text,
+    command_from_json,
+    command_from_msg,
+    description_from_msg,
+    time_from_ns,
+    verdict_to_msg,
+)
+from ros_nodes.parameters import declare, parameter, read
+from ros_nodes.process import serve
+from ros_nodes.qos import ACTION, COMMAND, DIAGNOSTICS, LATCHED, SENSOR, VERDICT
+from steer_runtime.directions.direction import Axis, Direction
+from steer_runtime.errors import SteerError
+from steer_runtime.loop import InferenceLoop, LoopEvent
+from steer_runtime.steering.command import Limits, SteeringCommand, Verdict
+from steer_runtime.steering.engine import SteeringEngine
+from steer_runtime.types import ActionChunk, Observation, Policy, SteeringStamp, require_match
+
+RIVAL_SILENCE_S = 1.5
+"""Another instance that has not shown its state for so long is taken for dead; states come at 5 Hz."""
+TICK_S = 0.05
+"""Period of the watchdog; also the shortest time between two states."""
+WARN_PERIOD_S = 5.0
+"""The same warning is not logged more often."""
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class PolicyParameters:
+    """Parameters of the policy node."""
+
+    policy: str = parameter("", "policy to load: a YAML file, or the name of one in configs/policies")
+    device: str = parameter("cpu", "torch device of the policy")
+    torch_threads: int = parameter(0, "threads of torch; 0 keeps torch's choice", low=0, high=256)
+    direction_store: str = parameter("", "folder of directions and axes; empty loads none")
+    directions: tuple[str, ...] = parameter((), "directions to load, as name or name@hash; empty loads the whole store")
+    autostart: bool = parameter(
+        False, "configure and activate without a lifecycle manager, and end when that is refused"
+    )
+    observation_timeout_s: float = parameter(
+        2.0, "without a new observation for so long the node holds", low=0.05, high=60.0, live=True
+    )
+    freeze_timeout_s: float = parameter(
+        0.0, "a camera whose picture stays bit-identical for longer is refused; 0 is off", low=0.0, high=60.0
+    )
+    state_rate_hz: float = parameter(5.0, "rate of the state, the node's heartbeat", low=1.0, high=20.0)
+    verdict_rate_hz: float = parameter(
+        100.0, "acceptances published a second and source; further ones are counted", low=1.0, high=1000.0, live=True
+    )
+    max_restarts: int = parameter(3, "failures of the policy that are answered by a restart", low=0, high=100)
+    command_max_age_s: float = parameter(1.0, "an older command is refused", low=0.01, high=60.0)
+    command_max_future_s: float = parameter(0.2, "a command stamped further ahead is refused", low=0.0, high=60.0)
+    default_ramp_s: float = parameter(0.1, "ramp of a command that names none", low=0.0, high=60.0)
+    release_s: float = parameter(0.3, "time in which an expired command fades", low=0.0, high=60.0)
+    max_slew_per_s: float = parameter(10.0, "fastest change of a strength", low=0.01, high=1000.0)
+    over_limit: str = parameter("clamp", "what happens to a strength over its limit", choices=("clamp", "reject"))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What configuring made."""
+
+    policy: Policy
+    engine: SteeringEngine
+    loop: InferenceLoop
+    direction_ids: tuple[tuple[str, str, float], ...]  # name, id, largest strength
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """Another instance of this node and when it was last heard (steady seconds)."""
+
+    instance_id: str
+    started_ns: int
+    lifecycle: str
+    heard_s: float
+
+
+def _guarded(method: Method) -> Method:
+    """An exception that leaves a callback would end the node: count it and log one line instead."""
+
+    @functools.wraps(method)
+    def run(self: PolicyNode, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except SteerError as error:
+            self.refuse_input(error)
+        except Exception as error:
+            self.refuse_input(
+                SteerError("internal_error", f"{method.__name__} failed: {type(error).__name__}: {error}")
+            )
+        return None
+
+    return run  # type: ignore[return-value]
+
+
+class PolicyNode(LifecycleNode):
+    """See the module. `exit_code` is set when the node wants its process to end."""
+
+    def __init__(self, **node_options: Any) -> None:
+        """Declare parameters and topics. Raises SteerError('bad_parameter')."""
+        super().__init__("policy", namespace="/steer", **node_options)
+        self.exit_code: int | None = None
+        self.interruptible = True
+        self.instance_id = uuid.uuid4().hex
+        self._started_ns = time.time_ns()
+        self._settings = declare(self, PolicyParameters)
+        self._loaded: _Loaded | None = None
+        self._description: RobotDescription | None = None
+        self._description_refused = ""
+        self._assembler: ObservationAssembler | None = None
+        self._sensors: list[Any] = []
+        self._rivals: dict[str, _Rival] = {}
+        self._counters: Counter[str] = Counter()
+        self._warned: dict[str, float] = {}
+        self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._sequences: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._lifecycle = "unconfigured"
+        self._gave_up = False
+        self._last_event: LoopEvent | None = None
+        self._last_seen_s = self._last_good_s = self._state_sent_s = 0.0
+        self._answered_frame = self._submitted_frame = 0
+        self._shown: object = None
+
+        self._state_pub = self.create_publisher(SteeringStateMsg, "state", LATCHED)
+        self._verdict_pub = self.create_publisher(SteeringVerdictMsg, "verdict", VERDICT)
+        self._action_pub = self.create_publisher(ActionChunkMsg, "actions", ACTION)
+        self._diagnostics_pub = self.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
+        self.create_subscription(SteeringCommandMsg, "command", self._on_command, COMMAND)
+        self.create_subscription(String, "command_json", self._on_command_json, COMMAND)
+        self.create_subscription(RobotDescriptionMsg, "robot_description", self._on_description, LATCHED)
+        self.create_subscription(SteeringStateMsg, "state", self._on_other_state, LATCHED)
+        self.create_service(Trigger, "clear_now", self._on_clear_now)
+        self.create_timer(TICK_S, self._tick)
+        self.create_timer(1.0, self._publish_diagnostics)
+        self._publish_state()
+
+    # -- lifecycle ----------------------------------------------------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load policy, directions and axes, and check that they belong together."""
+        self.interruptible = True
+        try:
+            self._settings = read(self, PolicyParameters)
+            self._yield_to_elder()
+            self._loaded = self._load(self._settings)
+        except Exception as error:
+            return self._refused("configure", error)
+        finally:
+            self.interruptible = False
+        policy = self._loaded.policy
+        self.get_logger().info(
+            f"policy {policy.name!r} ({'trained' if policy.trained else 'untrained policy'}, {policy.model_hash[:12]}) with "
+            f"{len(self._loaded.direction_ids)} directions is ready"
+        )
+        return self._entered("inactive")
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Shake hands with the robot, then attach the engine and start to infer."""
+        try:
+            self._yield_to_elder()
+            if self._description is None:
+                raise SteerError(
+                    "no_robot",
+                    "no robot has described itself on `robot_description`; start the robot node, then activate",
+                )
+            self._start(self._description)
+        except Exception as error:
+            return self._refused("activate", error)
+        return self._entered("active")
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop inferring and take every hook out."""
+        return self._entered("inactive") if self._stop(10.0) else TransitionCallbackReturn.ERROR
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Forget policy and directions."""
+        self._loaded = None
+        return self._entered("unconfigured")
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop for good."""
+        if not self._stop(1.0):
+            return TransitionCallbackReturn.ERROR
+        self._loaded = None
+        return self._entered("finalized")
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """After an inference that did not end: nothing can be trusted, so the node is finalized."""
+        self._entered("finalized")
+        return TransitionCallbackReturn.FAILURE
+
+    def close(self) -> bool:
+        """Stop within a second. False when the running inference did not end."""
+        ended = self._stop(1.0)
+        self._lifecycle = "finalized"
+        self._publish_state()
+        return ended
+
+    def _load(self, wanted: PolicyParameters) -> _Loaded:
+        if not wanted.policy:
+            raise SteerError(
+                "bad_parameter", "parameter 'policy' is empty; give a YAML file or the name of one in configs/policies"
+            )
+        if wanted.directions and not wanted.direction_store:
+            raise SteerError(
+                "bad_parameter", "parameter 'directions' is set but 'direction_store' is not; give the folder"
+            )
+        if wanted.direction_store and not os.path.isdir(wanted.direction_store):
+            raise SteerError(
+                "no_store", f"parameter 'direction_store' is {wanted.direction_store!r}: expected an existing folder"
+            )
+        # Imported late: they take seconds, in which the node is not yet heard and cannot be ended.
+        import torch
+
+        from steer_runtime.directions.store import DirectionStore
+        from steer_runtime.policies import load_policy
+
+        if wanted.torch_threads:
+            torch.set_num_threads(wanted.torch_threads)
+        policy = load_policy(wanted.policy, device=wanted.device)
+        directions: tuple[Direction, ...] = ()
+        axes: tuple[Axis, ...] = ()
+        if wanted.direction_store:
+            store = DirectionStore(wanted.direction_store)
+            if wanted.directions:
+                directions = tuple(store.load(ref, model_hash=policy.model_hash) for ref in wanted.directions)
+            else:
+                directions = store.load_all()
+            names = {direction.name for direction in directions}
+            axes = tuple(axis for axis in store.load_axes() if {axis.negative, axis.positive} <= names)
+        limits = Limits(
+            max_age_s=wanted.command_max_age_s,
+            max_future_s=wanted.command_max_future_s,
+            default_ramp_s=wanted.default_ramp_s,
+            release_s=wanted.release_s,
+            max_slew=wanted.max_slew_per_s,
+            over_limit="reject" if wanted.over_limit == "reject" else "clamp",
+        )
+        engine = SteeringEngine(policy, directions, axes, limits=limits)
+        loop = InferenceLoop(policy, engine, self._on_chunk, self._on_event, max_restarts=wanted.max_restarts)
+        return _Loaded(policy, engine, loop, tuple((d.name, d.id, d.max_strength) for d in directions))
+
+    def _start(self, description: RobotDescription) -> None:
+        loaded = self._require_loaded()
+        require_match(loaded.policy.action_space, description.space)
+        self._assembler = ObservationAssembler(description, freeze_timeout_s=self._settings.freeze_timeout_s)
+        self._last_seen_s = self._last_good_s = time.monotonic()
+        self._submitted_frame = self._answered_frame = 0
+        self._last_event = None
+        loaded.loop.start()
+        for camera in description.cameras:
+            on_image = functools.partial(self._on_image, camera.name)
+            topic = f"camera/{camera.name}/image"
+            self._sensors.append(self.create_subscription(Image, topic, on_image, SENSOR))
+        self._sensors.append(self.create_subscription(JointState, "joint_states", self._on_joints, SENSOR))
+        self._sensors.append(self.create_subscription(PoseStamped, "eef_pose", self._on_pose, SENSOR))
+        self._sensors.append(self.create_subscription(String, "instruction", self._on_instruction, LATCHED))
+        mode = "lockstep" if description.lockstep else "free-running"
+        self.get_logger().info(f"steering {loaded.policy.name!r} on robot {description.robot!r} ({mode})")
+
+    def _stop(self, timeout_s: float) -> bool:
+        for subscription in self._sensors:
+            self.destroy_subscription(subscription)
+        self._sensors.clear()
+        self._assembler = None
+        if self._loaded is None:
+            return True
+        try:
+            self._loaded.loop.stop(timeout_s)
+        except SteerError as error:
+            self._loaded.engine.detach()
+            self.get_logger().error(error.sentence)
+            return False
+        return True
+
+    def _yield_to_elder(self) -> None:
+        elder = self._elder()
+        if elder is not None:
+            raise SteerError(
+                "second_instance",
+                f"policy node {elder.instance_id[:8]} runs already in namespace {self.get_namespace()!r} and is older; "
+                "this one does not act: stop one of them or give this one another namespace",
+            )
+
+    def _elder(self) -> _Rival | None:
+        now = time.monotonic()
+        for rival in self._rivals.values():
+            alive = now - rival.heard_s < RIVAL_SILENCE_S and rival.lifecycle != "finalized"
+            if alive and (rival.started_ns, rival.instance_id) < (self._started_ns, self.instance_id):
+                return rival
+        return None
+
+    def _refused(self, what: str, error: Exception) -> TransitionCallbackReturn:
+        sentence = error.sentence if isinstance(error, SteerError) else f"{type(error).__name__}: {error}"
+        self._counters[f"{what}_refused"] += 1
+        self.get_logger().error(f"cannot {what}: {sentence}")
+        self._sensors_off()
+        return TransitionCallbackReturn.FAILURE
+
+    def _sensors_off(self) -> None:
+        if self._sensors or self._assembler is not None:
+            self._stop(10.0)
+
+    def _entered(self, lifecycle: str) -> TransitionCallbackReturn:
+        self._lifecycle = lifecycle
+        self._publish_state()
+        return TransitionCallbackReturn.SUCCESS
+
+    def _require_loaded(self) -> _Loaded:
+        if self._loaded is None:
+            raise SteerError("not_configured", "the policy node holds no policy yet; configure it first")
+        return self._loaded
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    @_guarded
+    def _on_command(self, message: SteeringCommandMsg) -> None:
+        self._judge(lambda: command_from_msg(message), message.source, message.epoch, message.sequence)
+
+    @_guarded
+    def _on_command_json(self, message: String) -> None:
+        self._judge(lambda: command_from_json(message.data), "", 0, 0)
+
+    @_guarded
+    def _on_clear_now(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        if self._loaded is not None:
+            self._loaded.engine.clear_now()
+        response.success, response.message = True, "nothing is steered from the next forward on"
+        return response
+
+    def _judge(self, make: Callable[[], SteeringCommand], source: str, epoch: int, sequence: int) -> None:
+        self._counters["commands"] += 1
+        try:
+            command = make()
+            self._count_missed(command)
+            if self._lifecycle != "active":
+                source, epoch, sequence = command.source, command.epoch, command.sequence
+                raise SteerError("not_active", f"the policy node is {self._lifecycle}; activate it, then send again")
+        except SteerError as error:
+            self._answer(self._refusal(error, source, epoch, sequence))
+            return
+        self._answer(self._require_loaded().engine.apply(command))
+
+    def _refusal(self, error: SteerError, source: str, epoch: int, sequence: int) -> Verdict:
+        if self._loaded is not None:
+            refuse = self._loaded.engine.refuse
+            return refuse(error.code, error.sentence, source=source, epoch=epoch, sequence=sequence)
+        self._counters["refused"] += 1
+        return Verdict(False, error.code, error.sentence, source, epoch, sequence, SteeringStamp(0, 0), 0.0)
+
+    def _answer(self, verdict: Verdict) -> None:
+        # Refusals are always told; acceptances of one source only as fast as anybody can read them.
+        if verdict.accepted and not self._may_tell(verdict.source):
+            self._counters["suppressed_verdicts"] += 1
+            return
+        self._verdict_pub.publish(verdict_to_msg(verdict, time.time_ns()))
+
+    def _may_tell(self, source: str) -> bool:
+        """Token bucket of one second for each source."""
+        rate, now = self._settings.verdict_rate_hz, time.monotonic()
+        left, at = self._tokens.pop(source, (rate, now))
+        left = min(rate, left + (now - at) * rate)
+        self._tokens[source] = (left - 1.0 if left >= 1.0 else left, now)
+        while len(self._tokens) > 64:
+            self._tokens.popitem(last=False)
+        return left >= 1.0
+
+    def _count_missed(self, command: SteeringCommand) -> None:
+        """Commands that the network dropped show as gaps in a source's sequence."""
+        last = self._sequences.pop(command.source, None)
+        if last is not None and last[0] == command.epoch and command.sequence > last[1] + 1:
+            self._counters["missed_commands"] += min(command.sequence - last[1] - 1, 1_000_000)
+        newest = (command.epoch, command.sequence)
+        self._sequences[command.source] = newest if last is None else max(last, newest)
+        while len(self._sequences) > 64:
+            self._sequences.popitem(last=False)
+
+    # -- robot --------------------------------------------------------------------------------------------------------
+
+    @_guarded
+    def _on_description(self, message: RobotDescriptionMsg) -> None:
+        description = description_from_msg(message)
+        if description == self._description:
+            return
+        self._description, self._description_refused = description, ""
+        if self._lifecycle != "active":
+            return
+        self.get_logger().warning(f"robot session {description.session_id[:8]} began: steering is cleared")
+        self._stop(10.0)
+        try:
+            self._start(description)
+        except SteerError as error:
+            self.get_logger().error(f"robot {description.robot!r} is refused: {error.sentence}")
+            self.trigger_deactivate()
+
+    def _on_image(self, camera: str, message: Image) -> None:
+        self._sense(lambda assembler: assembler.image(camera, message))
+
+    def _on_joints(self, message: JointState) -> None:
+        self._sense(lambda assembler: assembler.joints(message))
+
+    def _on_pose(self, message: PoseStamped) -> None:
+        self._sense(lambda assembler: assembler.pose(message))
+
+    @_guarded
+    def _on_instruction(self, message: String) -> None:
+        if self._assembler is not None:
+            self._assembler.instruction(message.data)
+
+    @_guarded
+    def _sense(self, take: Callable[[ObservationAssembler], Observation | None]) -> None:
+        if self._assembler is None or self._loaded is None:
+            return
+        try:
+            observation = take(self._assembler)
+        except SteerError as error:
+            if error.code == "stamp_jumped_back":
+                self._recover_clock()
+            if error.code == "repeated_frame":
+                self._counters[error.code] += 1
+                return
+            raise
+        if observation is not None:
+            self._last_seen_s = self._last_good_s = time.monotonic()
+            self._submitted_frame = observation.frame_id
+            self._loaded.loop.submit(observation)
+
+    def _recover_clock(self) -> None:
+        """A clock that stays set back is the robot's new time; what was steered under the old one ends."""
+        assembler, loaded = self._assembler, self._loaded
+        if assembler is None or loaded is None:
+            return
+        if time.monotonic() - self._last_good_s > self._settings.observation_timeout_s:
+            self._last_good_s = time.monotonic()
+            assembler.forget_stamps()
+            loaded.engine.clear_now()
+            self._counters["clock_resets"] += 1
+            self.get_logger().warning("the robot's clock was set back: its new time is taken and steering is cleared")
+
+    # -- inference (its own thread) -----------------------------------------------------------------------------------
+
+    def _on_chunk(self, chunk: ActionChunk) -> None:
+        description, loaded = self._description, self._loaded
+        if description is None or loaded is None:
+            return
+        if not description.lockstep and self._silent_s() > self._settings.observation_timeout_s:
+            self._counters["withheld_chunks"] += 1
+            return
+        self._action_pub.publish(
+            chunk_to_msg(
+                chunk,
+                instance_id=self.instance_id,
+                session_id=description.session_id,
+                stamp_ns=time.time_ns(),
+                trained=loaded.policy.trained,
+            )
+        )
+        self._answered_frame = chunk.frame_id
+        self._last_seen_s = max(self._last_seen_s, time.monotonic() if description.lockstep else 0.0)
+
+    def _on_event(self, event: LoopEvent) -> None:
+        self._last_event = event
+        self._answered_frame = self._submitted_frame
+        self._counters[f"loop_{event.code}"] += 1
+        self._warn(event.code, event.sentence)
+
+    def _silent_s(self) -> float:
+        """Seconds for which the robot owes an observation. One in lockstep owes none while it waits for actions."""
+        waits = self._description is not None and self._description.lockstep
+        if waits and self._submitted_frame != self._answered_frame:
+            return 0.0
+        return time.monotonic() - self._last_seen_s
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    @_guarded
+    def _tick(self) -> None:
+        self._settings = read(self, PolicyParameters)
+        if self._lifecycle == "active":
+            self._watch_robot()
+            self._watch_rivals()
+        if self._settings.autostart and not self._gave_up:
+            self._autostart()
+        now = time.monotonic()
+        if self._fingerprint() != self._shown or now - self._state_sent_s >= 1.0 / self._settings.state_rate_hz:
+            self._publish_state()
+
+    def _watch_robot(self) -> None:
+        silent = self._silent_s()
+        if silent > self._settings.observation_timeout_s:
+            self._require_loaded().loop.hold(
+                f"no new observation for {silent:.1f} s: no actions are published until the robot sends one"
+            )
+
+    def _watch_rivals(self) -> None:
+        elder = self._elder()
+        if elder is not None:
+            self._gave_up = True
+            self._counters["yielded_to_elder"] += 1
+            self.get_logger().error(f"policy node {elder.instance_id[:8]} is older: this one deactivates itself")
+            self.trigger_deactivate()
+
+    def _autostart(self) -> None:
+        if self._lifecycle == "unconfigured":
+            if self.trigger_configure() != TransitionCallbackReturn.SUCCESS:
+                self._gave_up, self.exit_code = True, 1
+        elif self._lifecycle == "inactive" and self._description is not None and not self._description_refused:
+            if self._elder() is not None:
+                self._gave_up = True
+            if self.trigger_activate() != TransitionCallbackReturn.SUCCESS:
+                self._description_refused = self._description.session_id
+
+    @_guarded
+    def _on_other_state(self, message: SteeringStateMsg) -> None:
+        if message.instance_id == self.instance_id:
+            return
+        self._rivals[message.instance_id] = _Rival(
+            message.instance_id, message.started_ns, message.lifecycle, time.monotonic()
+        )
+        for old in sorted(self._rivals.values(), key=lambda rival: rival.heard_s)[:-8]:
+            del self._rivals[old.instance_id]
+
+    def refuse_input(self, error: SteerError) -> None:
+        """Count input that was refused and warn about it, the same warning at most every few seconds."""
+        self._counters[error.code] += 1
+        self._warn(error.code, error.sentence)
+
+    def _warn(self, code: str, sentence: str) -> None:
+        now = time.monotonic()
+        if now - self._warned.get(code, -WARN_PERIOD_S) >= WARN_PERIOD_S:
+            self._warned[code] = now
+            self.get_logger().warning(clean_text(sentence))
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def counters(self) -> Mapping[str, int]:
+        """Everything counted: messages by this node, observations and inferences by the loop, commands by the engine."""
+        total = Counter(self._counters)
+        if self._assembler is not None:
+            total["incomplete_frames"] += self._assembler.incomplete_frames
+        if self._loaded is not None:
+            total.update(self._loaded.loop.counters)
+            total.update(self._loaded.engine.state().counters)
+        return total
+
+    def _fingerprint(self) -> object:
+        """Changes exactly when the operator should see a new state at once."""
+        if self._loaded is None:
+            return self._lifecycle
+        state = self._loaded.engine.state()
+        active = tuple((a.target, a.commanded, a.source, a.priority, a.shadowed_neurons) for a in state.active)
+        return self._lifecycle, self._loaded.loop.state, state.steering, active, len(state.alarms)
+
+    @_guarded
+    def _publish_state(self) -> None:
+        self._shown, self._state_sent_s = self._fingerprint(), time.monotonic()
+        message = SteeringStateMsg(
+            stamp=time_from_ns(time.time_ns()),
+            instance_id=self.instance_id,
+            started_ns=self._started_ns,
+            lifecycle=self._lifecycle,
+            loop_state="idle",
+        )
+        if self._loaded is not None:
+            self._fill_state(message, self._loaded)
+        counters = self.counters()
+        message.counter_names = list(counters)
+        message.counter_values = [max(0, value) for value in counters.values()]
+        self._state_pub.publish(message)
+
+    def _fill_state(self, message: SteeringStateMsg, loaded: _Loaded) -> None:
+        state = loaded.engine.state()
+        message.loop_state = loaded.loop.state
+        message.policy, message.trained = loaded.policy.name, loaded.policy.trained
+        message.model_hash = loaded.policy.model_hash
+        message.steering_epoch, message.steering_sequence = state.steering.epoch, state.steering.sequence
+        message.direction_names = [name for name, _, _ in loaded.direction_ids]
+        message.direction_ids = [ref for _, ref, _ in loaded.direction_ids]
+        message.direction_limits = [limit for _, _, limit in loaded.direction_ids]
+        axes = list(loaded.engine.axes.values())
+        message.axis_names = [axis.name for axis in axes]
+        message.axis_negatives = [axis.negative for axis in axes]
+        message.axis_positives = [axis.positive for axis in axes]
+        message.active = [active_to_msg(active) for active in state.active]
+        message.alarms = [clean_text(alarm) for alarm in state.alarms]
+
+    @_guarded
+    def _publish_diagnostics(self) -> None:
+        level, text = self._health()
+        values = {"instance_id": self.instance_id, "lifecycle": self._lifecycle, **self.counters()}
+        status = DiagnosticStatus(
+            level=level,
+            name=f"{self.get_fully_qualified_name()}: steering",
+            hardware_id=self._description.robot if self._description is not None else "",
+            message=clean_text(text),
+            values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
+        )
+        stamp = time_from_ns(time.time_ns())
+        self._diagnostics_pub.publish(DiagnosticArray(header=Header(stamp=stamp), status=[status]))
+
+    def _health(self) -> tuple[bytes, str]:
+        if self._loaded is None or self._lifecycle != "active":
+            return DiagnosticStatus.WARN, self._lifecycle
+        untrained = "" if self._loaded.policy.trained else ", untrained policy"
+        event = self._last_event.sentence if self._last_event is not None else "waiting for observations"
+        match self._loaded.loop.state:
+            case "error":
+                return DiagnosticStatus.ERROR, event
+            case "holding":
+                return DiagnosticStatus.WARN, event
+        if self._loaded.engine.state().alarms:
+            return DiagnosticStatus.WARN, self._loaded.engine.state().alarms[-1]
+        return DiagnosticStatus.OK, f"running{untrained}"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point of the process."""
+    return serve(PolicyNode, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
