@@ -47,7 +47,8 @@ INSTALL = "install it with `pip install 'steer-runtime[sim]'`"
 class RobotFrame:
     """What the robot shows after one control step.
 
-    images: camera -> uint8 RGB [H, W, 3], the simulator's image turned by 180 degrees, as LIBERO policies saw it.
+    images: camera -> uint8 RGB [H, W, 3], LIBERO's image turned by 180 degrees, as its policies saw it in training:
+    upright, and the left-right mirror of what the camera sees (LIBERO hands out OpenGL's image upside down).
     joint_names, joint_positions, joint_velocities: the simulator's 9 joints, 7 of the arm (rad, rad/s), then 2 fingers
     (m, m/s; the second finger's sign is the simulator's, negative when open).
     eef_position [3]: grip site in the world frame, m. eef_quaternion [4]: x, y, z, w.

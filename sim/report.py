@@ -1,0 +1,260 @@
+"""A recorded episode as one HTML file that needs nothing else: no network, no files beside it.
+
+Invariant: everything shown is computed from the record; what was not measured is said to be missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from sim import video
+from sim.episode import ACTION_NAMES, CommandOutcome, EpisodeRecord
+
+BIN_DIMS = (0, 1, 2, 6)
+"""Action dimensions whose bin probabilities are drawn: the three translations and the gripper."""
+_FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"}
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Milliseconds from publishing a command to each stage; None where the stage did not happen."""
+
+    label: str
+    verdict: float | None
+    latched: float | None
+    action: float | None
+    executed: float | None
+    inferences: int | None
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """How one condition differs from steering off on the same observations.
+
+    means [7]: mean action minus mean action without steering. changed: share of action tokens that differ.
+    variation: mean total variation distance of the bin probabilities, 0 (equal) to 1 (disjoint).
+    """
+
+    condition: str
+    means: tuple[float, ...]
+    changed: float
+    variation: float
+
+
+def render(record: EpisodeRecord, path: Path) -> Path:
+    """Write the report of a record to `path` (its folder is made if needed) and return it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.j2").render(
+        facts=record.facts,
+        steps=record.steps,
+        faults=record.faults,
+        video=base64.b64encode(video.encode(record)).decode(),
+        plotly=get_plotlyjs(),
+        timeline=_div(timeline(record), "timeline"),
+        actions=_div(action_figure(record), "actions") if record.facts.conditions else "",
+        bins=_div(bin_figure(record), "bins") if record.facts.conditions else "",
+        observations=len(record.before_after_step),
+        differences=differences(record),
+        latencies=latencies(record.facts.commands),
+        medians=median_row(latencies(record.facts.commands)),
+        trace=[_trace_row(t) for t in record.facts.trace],
+        untraced=sorted({int(i) for i in record.inference} - {int(t["inference_id"]) for t in record.facts.trace}),
+        action_names=ACTION_NAMES,
+        age_ms=float(np.median(record.age_s) * 1e3) if record.steps else 0.0,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".html", delete=False, encoding="utf-8") as file:
+        file.write(html)
+    Path(file.name).chmod(0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def latencies(commands: Sequence[CommandOutcome]) -> list[LatencyRow]:
+    """One row a command, times counted from its publishing."""
+
+    def since(command: CommandOutcome, moment: int | None) -> float | None:
+        return None if moment is None else (moment - command.published_ns) / 1e6
+
+    return [
+        LatencyRow(
+            c.label,
+            since(c, c.verdict_ns),
+            since(c, c.latched_ns),
+            since(c, c.action_ns),
+            since(c, c.executed_ns),
+            c.inferences,
+        )
+        for c in commands
+    ]
+
+
+def median_row(rows: Sequence[LatencyRow]) -> LatencyRow:
+    """Medians over the commands that reached each stage."""
+
+    def median(values: Sequence[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return float(np.median(known)) if known else None
+
+    inferences = median([r.inferences for r in rows])
+    return LatencyRow(
+        "median",
+        median([r.verdict for r in rows]),
+        median([r.latched for r in rows]),
+        median([r.action for r in rows]),
+        median([r.executed for r in rows]),
+        None if inferences is None else round(inferences),
+    )
+
+
+def differences(record: EpisodeRecord) -> list[DifferenceRow]:
+    """Each condition against the first one (steering off), on identical observations."""
+    if not record.facts.conditions:
+        return []
+    off_actions, off_tokens, off_bins = record.actions[0], record.tokens[0], record.bins[0]
+    return [
+        DifferenceRow(
+            name,
+            tuple(float(v) for v in (record.actions[i] - off_actions).mean(axis=0)),
+            float((record.tokens[i] != off_tokens).mean()),
+            # Total variation distance: half the L1 distance of two distributions.
+            float(0.5 * np.abs(record.bins[i] - off_bins).sum(axis=-1).mean()),
+        )
+        for i, name in enumerate(record.facts.conditions)
+        if i > 0
+    ]
+
+
+def timeline(record: EpisodeRecord) -> go.Figure:
+    """Strengths an inference, action components a step, and a mark for each command; x is the control step."""
+    x = np.arange(1, record.steps + 1)
+    figure = make_subplots(
+        rows=4,
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.065,
+        row_heights=[0.34, 0.26, 0.22, 0.18],
+        subplot_titles=("strength of each direction", "translation of the action", "rotation of the action", "gripper"),
+    )
+    for index, (name, values) in enumerate(record.strengths.items()):
+        if values.any():
+            line = {"shape": "hv", "width": 2.5, "color": video.color_of(index)}
+            figure.add_scatter(x=x, y=values, name=name, line=line, mode="lines", legend="legend", row=1, col=1)
+    for dim, name in enumerate(ACTION_NAMES):
+        row, legend = (2, "legend2") if dim < 3 else (3, "legend3") if dim < 6 else (4, "legend4")
+        line = {"width": 1.5, "color": video.color_of(dim % 3 if dim < 6 else 6)}
+        figure.add_scatter(
+            x=x, y=record.action[:, dim], name=name, line=line, mode="lines", legend=legend, row=row, col=1
+        )
+    for number, command in enumerate(record.facts.commands, start=1):
+        at = command.step + 1 if command.first_step is None else command.first_step + 1
+        color = "#7b8794" if command.accepted else "#b91c1c"
+        figure.add_vline(x=at, line={"dash": "dot", "width": 1, "color": color})
+        figure.add_annotation(
+            x=at, y=1.0, yref="y domain", yanchor="bottom", yshift=1, text=f"<b>{number}</b>", showarrow=False,
+            hovertext=command.label, font={"size": 11, "color": color},
+        )  # fmt: skip
+    figure.update_yaxes(range=[-0.04, 1.08], row=1, col=1)
+    figure.update_xaxes(title_text="control step", row=4, col=1)
+    places = {"legend": 1.0, "legend2": 0.69, "legend3": 0.42, "legend4": 0.16}
+    figure.update_layout(
+        height=820, showlegend=True, **{k: {"y": y, "yanchor": "top", "x": 1.01} for k, y in places.items()}
+    )
+    for annotation in figure.layout.annotations[:4]:
+        annotation.update(x=0, xanchor="left", yshift=14, font={"size": 13, "color": "#52606d"})
+    return _styled(figure)
+
+
+def action_figure(record: EpisodeRecord) -> go.Figure:
+    """Un-normalised actions on the same observations, one panel a dimension, one box a condition."""
+    figure = make_subplots(rows=1, cols=7, subplot_titles=ACTION_NAMES, horizontal_spacing=0.035)
+    for index, name in enumerate(record.facts.conditions):
+        for dim in range(7):
+            figure.add_box(
+                y=record.actions[index, :, dim], name=name, legendgroup=name, showlegend=dim == 0, boxpoints="all",
+                jitter=0.5, pointpos=0, marker={"color": _condition_color(index), "size": 4, "opacity": 0.7},
+                line={"width": 1.2}, row=1, col=dim + 1,
+            )  # fmt: skip
+    figure.update_xaxes(showticklabels=False)
+    figure.update_yaxes(tickfont={"size": 10})
+    figure.update_layout(height=340, legend={"orientation": "h", "y": -0.06, "x": 0})
+    return _styled(figure)
+
+
+def bin_figure(record: EpisodeRecord) -> go.Figure:
+    """Mean probability of each action bin over the observations; the grey area is steering off."""
+    figure = make_subplots(
+        rows=2,
+        cols=2,
+        subplot_titles=[ACTION_NAMES[d] for d in BIN_DIMS],
+        vertical_spacing=0.16,
+        horizontal_spacing=0.07,
+    )
+    means = record.bins.mean(axis=1)
+    for place, dim in enumerate(BIN_DIMS):
+        row, col = place // 2 + 1, place % 2 + 1
+        for index, name in enumerate(record.facts.conditions):
+            off = index == 0
+            figure.add_scatter(
+                x=record.bin_values, y=means[index, dim], name=name, legendgroup=name, showlegend=place == 0,
+                mode="lines", fill="tozeroy" if off else None, fillcolor="rgba(123,135,148,0.28)",
+                line={"width": 1.0 if off else 1.6, "color": _condition_color(index)}, row=row, col=col,
+            )  # fmt: skip
+    figure.update_xaxes(title_text="bin (normalised action)", row=2)
+    figure.update_yaxes(rangemode="tozero", tickfont={"size": 10})
+    figure.update_layout(height=560, legend={"orientation": "h", "y": -0.14, "x": 0})
+    return _styled(figure)
+
+
+def _condition_color(index: int) -> str:
+    return "#7b8794" if index == 0 else video.color_of(index - 1)
+
+
+def _styled(figure: go.Figure) -> go.Figure:
+    return figure.update_layout(template="plotly_white", font=_FONT, margin={"l": 48, "r": 16, "t": 36, "b": 40})
+
+
+def _div(figure: go.Figure, name: str) -> str:
+    return figure.to_html(
+        full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name,
+        config={"displayModeBar": False, "responsive": True},
+    )  # fmt: skip
+
+
+def _trace_row(trace: Any) -> dict[str, Any]:
+    """One line of the trace table."""
+    sites = [
+        f"{s['tower']} {'layer' if s['kind'] == 'neurons' else 'site'} {s['layer']}"
+        + (f": {', '.join(map(str, s['neurons']))}" if s["neurons"] else ": dense")
+        for s in trace.get("sites", ())
+    ]
+    kinds = Counter(s["kind"] for s in trace.get("sites", ()))
+    return {
+        "inference": trace["inference_id"],
+        "sequence": trace["steering"]["sequence"],
+        "strengths": [f"{name.split('@')[0]} {value:.2f}" for name, value in trace.get("strengths", {}).items()],
+        "summary": ", ".join(f"{n} {kind} site{'s' * (n > 1)}" for kind, n in kinds.items()) or "none",
+        "sites": sites,
+        "tokens": ", ".join(f"{role} {count}" for role, count in trace.get("tokens", {}).items()),
+        "writes": sum(s["writes"] for s in trace.get("sites", ())),
+        "firings": f"{trace['firings']} / {trace['expected_firings']}",
+    }

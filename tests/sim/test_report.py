@@ -1,0 +1,109 @@
+"""The report is one file, and what it shows comes from the record."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import re
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from records import command, small_record
+from typer.testing import CliRunner
+
+from sim import episode, report, video
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report.render(small_record(), tmp_path_factory.mktemp("report") / "report.html").read_text()
+
+
+def _page(html: str) -> str:
+    """The page without the inlined plotly.js, whose text names addresses it never fetches by itself."""
+    return re.sub(r"<script>.*?plotly\.js v.*?</script>", "", html, count=1, flags=re.S)
+
+
+def test_embedded_video_has_one_frame_a_step(html: str, tmp_path: Path) -> None:
+    data = re.search(r'src="data:video/mp4;base64,([^"]+)"', html)
+    assert data is not None
+    path = tmp_path / "episode.mp4"
+    path.write_bytes(base64.b64decode(data[1]))
+    reader = imageio_ffmpeg.read_frames(str(path))
+    meta = next(reader)
+    assert meta["codec"].startswith("h264")
+    assert all(side % 2 == 0 for side in meta["size"])
+    assert sum(1 for _ in reader) == small_record().steps
+
+
+def test_report_asks_the_network_for_nothing(html: str) -> None:
+    page = _page(html)
+    assert len(page) < len(html) - 1_000_000  # plotly.js itself is inside
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "https://" not in page
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_only_an_untrained_policy_is_called_so(tmp_path: Path, trained: bool) -> None:
+    record = small_record()
+    facts = dataclasses.replace(record.facts, trained=trained)
+    page = _page(report.render(dataclasses.replace(record, facts=facts), tmp_path / "r.html").read_text())
+    banner = page.find("Untrained policy.")
+    assert (banner == -1) if trained else (0 < banner < page.find("Was every command applied?"))
+
+
+def test_text_of_the_record_is_escaped(html: str) -> None:
+    assert "the &lt;alphabet&gt; soup &amp; place" in html
+
+
+def test_failed_command_is_named(tmp_path: Path) -> None:
+    record = small_record()
+    failed = dataclasses.replace(record.facts, commands=(command("fast 0.8", 1, first_inference=None),))
+    page = _page(report.render(dataclasses.replace(record, facts=failed), tmp_path / "r.html").read_text())
+    assert "fast 0.8: no action carries its sequence" in page
+
+
+def test_differences_are_against_the_first_condition() -> None:
+    record = small_record()
+    same = dataclasses.replace(
+        record,
+        actions=np.stack([record.actions[0], record.actions[0] + np.float32(0.25)]),
+        tokens=np.stack([record.tokens[0]] * 2),
+        bins=np.stack([record.bins[0]] * 2),
+    )
+    (row,) = report.differences(same)
+    assert np.allclose(row.means, 0.25, atol=1e-6)
+    assert (row.changed, row.variation) == (0.0, 0.0)
+
+
+def test_latencies_count_from_publishing() -> None:
+    first, refused = report.latencies(small_record().facts.commands)
+    assert (first.verdict, first.latched, first.action, first.executed) == (2.0, 40.0, 240.0, 400.0)
+    assert refused.executed is None
+
+
+def test_bar_of_a_direction_is_as_long_as_its_strength() -> None:
+    record = small_record()
+    drawn = list(video.frames(record))
+    color = tuple(int(video.color_of(0)[i : i + 2], 16) for i in (1, 3, 5))
+    row = video.BARS_TOP + 10
+    lengths = [int((frame[row] == color).all(axis=-1).sum()) for frame in drawn]
+    full = 2 * video.VIEW - 74 - 150
+    assert lengths[:2] == [0, 0]
+    assert abs(lengths[2] - 0.8 * full) < 3
+
+
+def test_report_verb_draws_a_saved_record_again(tmp_path: Path) -> None:
+    import typer
+
+    from sim.cli import register
+
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app)
+    episode.save(small_record(), tmp_path / "episode")
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "episode")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "report.html").stat().st_size > 1_000_000
