@@ -13,7 +13,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import PoseStamped
@@ -39,6 +39,7 @@ from ros_nodes.convert import (
     time_from_ns,
     verdict_to_msg,
 )
+from ros_nodes.guard import Complaints, guarded
 from ros_nodes.parameters import declare, parameter, read
 from ros_nodes.process import serve
 from ros_nodes.qos import ACTION, COMMAND, DIAGNOSTICS, LATCHED, SENSOR, VERDICT
@@ -53,10 +54,6 @@ RIVAL_SILENCE_S = 1.5
 """Another instance that has not shown its state for so long is taken for dead; states come at 5 Hz."""
 TICK_S = 0.05
 """Period of the watchdog; also the shortest time between two states."""
-WARN_PERIOD_S = 5.0
-"""The same warning is not logged more often."""
-
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -110,24 +107,6 @@ class _Rival:
     heard_s: float
 
 
-def _guarded(method: Method) -> Method:
-    """An exception that leaves a callback would end the node: count it and log one line instead."""
-
-    @functools.wraps(method)
-    def run(self: PolicyNode, *args: Any) -> Any:
-        try:
-            return method(self, *args)
-        except SteerError as error:
-            self.refuse_input(error)
-        except Exception as error:
-            self.refuse_input(
-                SteerError("internal_error", f"{method.__name__} failed: {type(error).__name__}: {error}")
-            )
-        return None
-
-    return run  # type: ignore[return-value]
-
-
 class PolicyNode(LifecycleNode):
     """See the module. `exit_code` is set when the node wants its process to end."""
 
@@ -145,8 +124,7 @@ class PolicyNode(LifecycleNode):
         self._assembler: ObservationAssembler | None = None
         self._sensors: list[Any] = []
         self._rivals: dict[str, _Rival] = {}
-        self._counters: Counter[str] = Counter()
-        self._warned: dict[str, float] = {}
+        self.complaints = Complaints(self)
         self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._sequences: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._lifecycle = "unconfigured"
@@ -327,7 +305,7 @@ class PolicyNode(LifecycleNode):
 
     def _refused(self, what: str, error: Exception) -> TransitionCallbackReturn:
         sentence = error.sentence if isinstance(error, SteerError) else f"{type(error).__name__}: {error}"
-        self._counters[f"{what}_refused"] += 1
+        self.complaints.count(f"{what}_refused")
         self.get_logger().error(f"cannot {what}: {sentence}")
         self._sensors_off()
         return TransitionCallbackReturn.FAILURE
@@ -348,15 +326,15 @@ class PolicyNode(LifecycleNode):
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def _on_command(self, message: SteeringCommandMsg) -> None:
         self._judge(lambda: command_from_msg(message), message.source, message.epoch, message.sequence)
 
-    @_guarded
+    @guarded
     def _on_command_json(self, message: String) -> None:
         self._judge(lambda: command_from_json(message.data), "", 0, 0)
 
-    @_guarded
+    @guarded
     def _on_clear_now(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._loaded is not None:
             self._loaded.engine.clear_now()
@@ -364,7 +342,7 @@ class PolicyNode(LifecycleNode):
         return response
 
     def _judge(self, make: Callable[[], SteeringCommand], source: str, epoch: int, sequence: int) -> None:
-        self._counters["commands"] += 1
+        self.complaints.count("commands")
         try:
             command = make()
             self._count_missed(command)
@@ -380,13 +358,13 @@ class PolicyNode(LifecycleNode):
         if self._loaded is not None:
             refuse = self._loaded.engine.refuse
             return refuse(error.code, error.sentence, source=source, epoch=epoch, sequence=sequence)
-        self._counters["refused"] += 1
+        self.complaints.count("refused")
         return Verdict(False, error.code, error.sentence, source, epoch, sequence, SteeringStamp(0, 0), 0.0)
 
     def _answer(self, verdict: Verdict) -> None:
         # Refusals are always told; acceptances of one source only as fast as anybody can read them.
         if verdict.accepted and not self._may_tell(verdict.source):
-            self._counters["suppressed_verdicts"] += 1
+            self.complaints.count("suppressed_verdicts")
             return
         self._verdict_pub.publish(verdict_to_msg(verdict, time.time_ns()))
 
@@ -404,7 +382,7 @@ class PolicyNode(LifecycleNode):
         """Commands that the network dropped show as gaps in a source's sequence."""
         last = self._sequences.pop(command.source, None)
         if last is not None and last[0] == command.epoch and command.sequence > last[1] + 1:
-            self._counters["missed_commands"] += min(command.sequence - last[1] - 1, 1_000_000)
+            self.complaints.count("missed_commands", min(command.sequence - last[1] - 1, 1_000_000))
         newest = (command.epoch, command.sequence)
         self._sequences[command.source] = newest if last is None else max(last, newest)
         while len(self._sequences) > 64:
@@ -412,7 +390,7 @@ class PolicyNode(LifecycleNode):
 
     # -- robot --------------------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def _on_description(self, message: RobotDescriptionMsg) -> None:
         description = description_from_msg(message)
         if description == self._description:
@@ -437,12 +415,12 @@ class PolicyNode(LifecycleNode):
     def _on_pose(self, message: PoseStamped) -> None:
         self._sense(lambda assembler: assembler.pose(message))
 
-    @_guarded
+    @guarded
     def _on_instruction(self, message: String) -> None:
         if self._assembler is not None:
             self._assembler.instruction(message.data)
 
-    @_guarded
+    @guarded
     def _sense(self, take: Callable[[ObservationAssembler], Observation | None]) -> None:
         if self._assembler is None or self._loaded is None:
             return
@@ -452,7 +430,7 @@ class PolicyNode(LifecycleNode):
             if error.code == "stamp_jumped_back":
                 self._recover_clock()
             if error.code == "repeated_frame":
-                self._counters[error.code] += 1
+                self.complaints.count(error.code)
                 return
             raise
         if observation is not None:
@@ -469,7 +447,7 @@ class PolicyNode(LifecycleNode):
             self._last_good_s = time.monotonic()
             assembler.forget_stamps()
             loaded.engine.clear_now()
-            self._counters["clock_resets"] += 1
+            self.complaints.count("clock_resets")
             self.get_logger().warning("the robot's clock was set back: its new time is taken and steering is cleared")
 
     # -- inference (its own thread) -----------------------------------------------------------------------------------
@@ -479,7 +457,7 @@ class PolicyNode(LifecycleNode):
         if description is None or loaded is None:
             return
         if not description.lockstep and self._silent_s() > self._settings.observation_timeout_s:
-            self._counters["withheld_chunks"] += 1
+            self.complaints.count("withheld_chunks")
             return
         self._action_pub.publish(
             chunk_to_msg(
@@ -496,8 +474,8 @@ class PolicyNode(LifecycleNode):
     def _on_event(self, event: LoopEvent) -> None:
         self._last_event = event
         self._answered_frame = self._submitted_frame
-        self._counters[f"loop_{event.code}"] += 1
-        self._warn(event.code, event.sentence)
+        self.complaints.count(f"loop_{event.code}")
+        self.complaints.warn(event.code, event.sentence)
 
     def _silent_s(self) -> float:
         """Seconds for which the robot owes an observation. One in lockstep owes none while it waits for actions."""
@@ -508,7 +486,7 @@ class PolicyNode(LifecycleNode):
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def _tick(self) -> None:
         self._settings = read(self, PolicyParameters)
         if self._lifecycle == "active":
@@ -531,7 +509,7 @@ class PolicyNode(LifecycleNode):
         elder = self._elder()
         if elder is not None:
             self._gave_up = True
-            self._counters["yielded_to_elder"] += 1
+            self.complaints.count("yielded_to_elder")
             self.get_logger().error(f"policy node {elder.instance_id[:8]} is older: this one deactivates itself")
             self.trigger_deactivate()
 
@@ -545,7 +523,7 @@ class PolicyNode(LifecycleNode):
             if self.trigger_activate() != TransitionCallbackReturn.SUCCESS:
                 self._description_refused = self._description.session_id
 
-    @_guarded
+    @guarded
     def _on_other_state(self, message: SteeringStateMsg) -> None:
         if message.instance_id == self.instance_id:
             return
@@ -555,22 +533,11 @@ class PolicyNode(LifecycleNode):
         for old in sorted(self._rivals.values(), key=lambda rival: rival.heard_s)[:-8]:
             del self._rivals[old.instance_id]
 
-    def refuse_input(self, error: SteerError) -> None:
-        """Count input that was refused and warn about it, the same warning at most every few seconds."""
-        self._counters[error.code] += 1
-        self._warn(error.code, error.sentence)
-
-    def _warn(self, code: str, sentence: str) -> None:
-        now = time.monotonic()
-        if now - self._warned.get(code, -WARN_PERIOD_S) >= WARN_PERIOD_S:
-            self._warned[code] = now
-            self.get_logger().warning(clean_text(sentence))
-
     # -- telling ------------------------------------------------------------------------------------------------------
 
     def counters(self) -> Mapping[str, int]:
         """Everything counted: messages by this node, observations and inferences by the loop, commands by the engine."""
-        total = Counter(self._counters)
+        total = Counter(self.complaints.counters)
         if self._assembler is not None:
             total["incomplete_frames"] += self._assembler.incomplete_frames
         if self._loaded is not None:
@@ -586,7 +553,7 @@ class PolicyNode(LifecycleNode):
         active = tuple((a.target, a.commanded, a.source, a.priority, a.shadowed_neurons) for a in state.active)
         return self._lifecycle, self._loaded.loop.state, state.steering, active, len(state.alarms)
 
-    @_guarded
+    @guarded
     def _publish_state(self) -> None:
         self._shown, self._state_sent_s = self._fingerprint(), time.monotonic()
         message = SteeringStateMsg(
@@ -619,7 +586,7 @@ class PolicyNode(LifecycleNode):
         message.active = [active_to_msg(active) for active in state.active]
         message.alarms = [clean_text(alarm) for alarm in state.alarms]
 
-    @_guarded
+    @guarded
     def _publish_diagnostics(self) -> None:
         level, text = self._health()
         values = {"instance_id": self.instance_id, "lifecycle": self._lifecycle, **self.counters()}

@@ -1,0 +1,354 @@
+"""A robot that is stepped by function calls, as a ROS node: frames out, actions of one policy in.
+
+Invariants: nothing moves except by a row of a chunk that was checked in full and came from the one policy that holds
+the lease; without one the robot gets zero motion, its gripper as it was, and the hold is counted. The robot is made,
+stepped and ended in the thread that spins the node.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from geometry_msgs.msg import PoseStamped
+from rclpy.node import Node
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Header, String
+from steer_msgs.msg import ActionChunk as ActionChunkMsg
+from steer_msgs.msg import EpisodeStatus
+from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
+
+from ros_nodes.convert import (
+    Camera,
+    RobotDescription,
+    chunk_from_msg,
+    clean_text,
+    description_to_msg,
+    image_to_msg,
+    joints_to_msg,
+    ns_from_time,
+    pose_to_msg,
+    time_from_ns,
+)
+from ros_nodes.guard import Complaints, guarded
+from ros_nodes.parameters import declare, parameter
+from ros_nodes.qos import ACTION, DIAGNOSTICS, LATCHED, SENSOR
+from steer_runtime.errors import SteerError
+from steer_runtime.types import ActionChunk, ActionSpace
+
+WAIT_TICK_S = 0.02
+"""How often the lockstep robot looks at its timeout; actions wake it by themselves."""
+REPEAT_S = 1.0
+"""A first frame nobody has answered is published again, for a policy that comes late."""
+
+
+class Frame(Protocol):
+    """What a robot shows after a control step; see sim.libero_robot.RobotFrame for shapes and units."""
+
+    @property
+    def images(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def joint_names(self) -> tuple[str, ...]: ...
+    @property
+    def joint_positions(self) -> np.ndarray: ...
+    @property
+    def eef_position(self) -> np.ndarray: ...
+    @property
+    def eef_quaternion(self) -> np.ndarray: ...
+    @property
+    def gripper_qpos(self) -> np.ndarray: ...
+    @property
+    def instruction(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def success(self) -> bool: ...
+    @property
+    def done(self) -> bool: ...
+
+
+class Robot(Protocol):
+    """A robot in function calls."""
+
+    @property
+    def action_space(self) -> ActionSpace: ...
+    def reset(self) -> Frame: ...
+    def step(self, action: np.ndarray, /) -> Frame: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RobotParameters:
+    """Parameters of every robot node."""
+
+    mode: str = parameter(
+        "lockstep",
+        "lockstep: wait for the answer to each frame; free: run on the wall clock",
+        choices=("lockstep", "free"),
+    )
+    replan_steps: int = parameter(1, "rows of a chunk to execute before the next frame (lockstep)", low=1, high=100)
+    rate_hz: float = parameter(20.0, "control steps a second on the wall clock (free)", low=0.1, high=1000.0)
+    action_timeout_s: float = parameter(
+        10.0, "wait for the answer to a frame, then hold (lockstep)", low=0.01, high=600.0
+    )
+    max_action_age_s: float = parameter(2.0, "a chunk made from an older frame is refused (free)", low=0.01, high=60.0)
+    owner_timeout_s: float = parameter(
+        10.0, "silence after which another policy may act; more than its longest inference", low=0.1, high=600.0
+    )
+    episodes: int = parameter(
+        0, "episodes to run before the process ends; 0 runs until it is ended", low=0, high=100000
+    )
+
+
+@dataclass
+class _Chunk:
+    """A chunk being executed row by row."""
+
+    chunk: ActionChunk
+    received_s: float
+    next_row: int = 0
+
+
+class RobotNode(Node):
+    """See the module. `make` builds the robot once, in the spinning thread; name and robot name the node and its kind."""
+
+    def __init__(self, name: str, robot: str, make: Callable[[], Robot], **node_options: Any) -> None:
+        """Declare parameters and topics. Raises SteerError('bad_parameter')."""
+        super().__init__(name, **{"namespace": "/steer", **node_options})
+        self.exit_code: int | None = None
+        self.interruptible = True
+        self.complaints = Complaints(self)
+        self.session_id = uuid.uuid4().hex
+        self._settings = declare(self, RobotParameters)
+        self._kind, self._make = robot, make
+        self._robot: Robot | None = None
+        self._frame: Frame | None = None
+        self._stamp_ns = 0
+        self._published_s = 0.0
+        self._episode = 0
+        self._hold_steps = 0
+        self._started = False
+        self._owner: tuple[str, float] | None = None
+        self._chunk: _Chunk | None = None
+        self._gripper = 0.0
+
+        self._image_pubs: dict[str, Any] = {}
+        self._joints_pub = self.create_publisher(JointState, "joint_states", SENSOR)
+        self._gripper_pub = self.create_publisher(JointState, "gripper_state", SENSOR)
+        self._pose_pub = self.create_publisher(PoseStamped, "eef_pose", SENSOR)
+        self._instruction_pub = self.create_publisher(String, "instruction", LATCHED)
+        self._description_pub = self.create_publisher(RobotDescriptionMsg, "robot_description", LATCHED)
+        self._episode_pub = self.create_publisher(EpisodeStatus, "episode", DIAGNOSTICS)
+        self.create_subscription(ActionChunkMsg, "actions", self._on_actions, ACTION)
+        free = self._settings.mode == "free"
+        self.create_timer(1.0 / self._settings.rate_hz if free else WAIT_TICK_S, self._tick)
+
+    def close(self) -> bool:
+        """End the robot. Always True: no thread is left behind."""
+        if self._robot is not None:
+            self._robot.close()
+            self._robot = None
+        return True
+
+    # -- stepping -----------------------------------------------------------------------------------------------------
+
+    @guarded
+    def _tick(self) -> None:
+        if self.exit_code is not None:
+            return
+        if self._frame is None:
+            self._begin()
+        elif self._settings.mode == "free":
+            self._run_freely()
+        else:
+            self._wait_for_answer()
+
+    def _begin(self) -> None:
+        self.interruptible = True
+        try:
+            if self._robot is None:
+                self._robot = self._make()
+            frame = self._robot.reset()
+        except SteerError as error:
+            self.get_logger().error(f"cannot start: {error.sentence}")
+            self.exit_code = 1
+            return
+        finally:
+            self.interruptible = False
+        if self._episode == 0:
+            self._describe(self._robot, frame)
+        self._gripper = self._robot.action_space.gripper_open
+        self._chunk = None
+        self._show(frame)
+
+    def _describe(self, robot: Robot, frame: Frame) -> None:
+        cameras = tuple(Camera(name, image.shape[1], image.shape[0]) for name, image in frame.images.items())
+        for camera in cameras:
+            topic = f"camera/{camera.name}/image"
+            self._image_pubs[camera.name] = self.create_publisher(Image, topic, SENSOR)
+        description = RobotDescription(
+            session_id=self.session_id,
+            robot=self._kind,
+            lockstep=self._settings.mode == "lockstep",
+            space=robot.action_space,
+            cameras=cameras,
+            joint_names=frame.joint_names,
+            gripper_joints=(frame.joint_names[-2], frame.joint_names[-1]),
+        )
+        self._instruction_pub.publish(String(data=clean_text(frame.instruction)))
+        self._description_pub.publish(description_to_msg(description, time.time_ns()))
+
+    def _wait_for_answer(self) -> None:
+        waited = time.monotonic() - self._published_s
+        if not self._started:
+            if waited > REPEAT_S:
+                self._publish_frame()
+            return
+        if waited > self._settings.action_timeout_s:
+            self.complaints.warn(
+                "no_action",
+                f"no action for frame {self._stamp_ns} within {self._settings.action_timeout_s:g} s: holding",
+            )
+            self._hold()
+
+    def _run_freely(self) -> None:
+        running = self._chunk
+        if running is not None:
+            horizon_s = (len(running.chunk.actions) + 1) / self._settings.rate_hz
+            used_up = running.next_row >= len(running.chunk.actions)
+            if used_up or time.monotonic() - running.received_s > horizon_s:
+                running = self._chunk = None
+        if running is None:
+            if self._started:
+                self.complaints.warn("no_action", "no action is left to execute: holding")
+            self._hold()
+            return
+        row = running.chunk.actions[running.next_row]
+        running.next_row += 1
+        self._execute(row)
+
+    def _hold(self) -> None:
+        """One control step of zero motion with the gripper as last commanded."""
+        if self._robot is None:
+            return
+        action = np.zeros(self._robot.action_space.dims, dtype=np.float32)
+        action[-1] = self._gripper
+        self._hold_steps += 1
+        self._execute(action)
+
+    def _execute(self, action: np.ndarray, *, show: bool = True) -> None:
+        assert self._robot is not None
+        try:
+            frame = self._robot.step(action)
+        except SteerError as error:
+            self.complaints.refuse(error)
+            return
+        self._gripper = float(action[-1])
+        if show or frame.done:
+            self._show(frame)
+        else:
+            self._frame = frame
+            self._publish_status()
+
+    def _show(self, frame: Frame) -> None:
+        self._frame = frame
+        # Two frames never share a stamp: it names the frame that a chunk answers.
+        self._stamp_ns = max(self._stamp_ns + 1, time.time_ns())
+        if frame.done:
+            self._publish_status()
+            self._end_episode(frame)
+        else:
+            self._publish_frame()
+            self._publish_status()
+
+    def _end_episode(self, frame: Frame) -> None:
+        self._episode += 1
+        outcome = "succeeded" if frame.success else "ended without success"
+        self.get_logger().info(
+            f"episode {self._episode} {outcome} after {frame.step} steps; {self._hold_steps} were held so far"
+        )
+        if self._settings.episodes and self._episode >= self._settings.episodes:
+            self.exit_code = 0
+        self._frame = self._chunk = None
+
+    # -- actions ------------------------------------------------------------------------------------------------------
+
+    @guarded
+    def _on_actions(self, message: ActionChunkMsg) -> None:
+        if self._robot is None or self._frame is None:
+            self.complaints.count("early_chunks")
+            return
+        self._require_owner(message)
+        chunk = chunk_from_msg(message, self._robot.action_space)
+        lockstep = self._settings.mode == "lockstep"
+        if lockstep and ns_from_time(message.observation_stamp) != self._stamp_ns:
+            raise SteerError("late_chunk", "an action chunk answers another frame than the present one; it is dropped")
+        age_s = (time.time_ns() - ns_from_time(message.observation_stamp)) / 1e9
+        if not lockstep and not -1.0 < age_s < self._settings.max_action_age_s:
+            raise SteerError(
+                "stale_chunk",
+                f"an action chunk was made from a frame {age_s:.2f} s old: expected at most "
+                f"{self._settings.max_action_age_s:g} s; it is dropped",
+            )
+        self._owner = (message.instance_id, time.monotonic())
+        self._started = True
+        if not lockstep:
+            self._chunk = _Chunk(chunk, time.monotonic())
+            return
+        rows = chunk.actions[: self._settings.replan_steps]
+        for index, row in enumerate(rows):
+            self._execute(row, show=index == len(rows) - 1)
+            if self._frame is None:
+                return
+
+    def _require_owner(self, message: ActionChunkMsg) -> None:
+        """One policy at a time: another one is heard only after the first has been silent for the lease."""
+        if message.session_id != self.session_id:
+            raise SteerError("other_session", "an action chunk is for another session of the robot; it is dropped")
+        if self._owner is None or self._owner[0] == message.instance_id:
+            return
+        if time.monotonic() - self._owner[1] < self._settings.owner_timeout_s:
+            raise SteerError(
+                "second_policy",
+                f"policy node {message.instance_id[:8]} sends actions while {self._owner[0][:8]} controls the robot; "
+                "they are refused: stop one of the two",
+            )
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def _publish_frame(self) -> None:
+        frame = self._frame
+        if frame is None:
+            return
+        stamp = time_from_ns(self._stamp_ns)
+        for name, image in frame.images.items():
+            self._image_pubs[name].publish(image_to_msg(image, stamp, f"{name}_optical_frame"))
+        self._joints_pub.publish(joints_to_msg(frame.joint_names, frame.joint_positions, stamp))
+        self._gripper_pub.publish(joints_to_msg(frame.joint_names[-2:], frame.gripper_qpos, stamp))
+        self._pose_pub.publish(pose_to_msg(frame.eef_position, frame.eef_quaternion, stamp, "world"))
+        self._published_s = time.monotonic()
+
+    def _publish_status(self) -> None:
+        frame = self._frame
+        if frame is None:
+            return
+        counters = self.complaints.counters
+        self._episode_pub.publish(
+            EpisodeStatus(
+                header=Header(stamp=time_from_ns(self._stamp_ns)),
+                session_id=self.session_id,
+                task=clean_text(frame.instruction),
+                episode=self._episode,
+                step=frame.step,
+                done=frame.done,
+                success=frame.success,
+                mode=self._settings.mode,
+                hold_steps=self._hold_steps,
+                counter_names=list(counters),
+                counter_values=list(counters.values()),
+            )
+        )
