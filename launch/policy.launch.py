@@ -1,10 +1,11 @@
 """Start the policy node: `ros2 launch steer_runtime policy.launch.py policy:=pocket-untrained direction_store:=...`."""
 
-from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
+
+from launch import LaunchDescription
 
 
 def generate_launch_description() -> LaunchDescription:
