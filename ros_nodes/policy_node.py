@@ -7,6 +7,7 @@ fits; whatever arrives, the node answers, counts and goes on; inactive means tha
 from __future__ import annotations
 
 import functools
+import json
 import os
 import time
 import uuid
@@ -48,6 +49,7 @@ from steer_runtime.errors import SteerError
 from steer_runtime.loop import InferenceLoop, LoopEvent
 from steer_runtime.steering.command import Limits, SteeringCommand, Verdict
 from steer_runtime.steering.engine import SteeringEngine
+from steer_runtime.steering.trace import TraceRecord
 from steer_runtime.types import ActionChunk, Observation, Policy, SteeringStamp, require_match
 
 RIVAL_SILENCE_S = 1.5
@@ -85,6 +87,7 @@ class PolicyParameters:
     release_s: float = parameter(0.3, "time in which an expired command fades", low=0.0, high=60.0)
     max_slew_per_s: float = parameter(10.0, "fastest change of a strength", low=0.01, high=1000.0)
     over_limit: str = parameter("clamp", "what happens to a strength over its limit", choices=("clamp", "reject"))
+    trace_path: str = parameter("", "file to append the engine's trace to, a JSON line an inference; empty writes none")
 
 
 @dataclass(frozen=True)
@@ -456,6 +459,7 @@ class PolicyNode(LifecycleNode):
         description, loaded = self._description, self._loaded
         if description is None or loaded is None:
             return
+        self._write_trace(loaded.engine.trace.last)
         if not description.lockstep and self._silent_s() > self._settings.observation_timeout_s:
             self.complaints.count("withheld_chunks")
             return
@@ -470,6 +474,16 @@ class PolicyNode(LifecycleNode):
         )
         self._answered_frame = chunk.frame_id
         self._last_seen_s = max(self._last_seen_s, time.monotonic() if description.lockstep else 0.0)
+
+    def _write_trace(self, record: TraceRecord | None) -> None:
+        """Append a record to `trace_path`; a disk that refuses costs the trace, never the action."""
+        if not self._settings.trace_path or record is None:
+            return
+        try:
+            with open(self._settings.trace_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record.to_jsonable()) + "\n")
+        except OSError as error:
+            self.complaints.refuse(SteerError("trace_not_written", f"the trace was not written: {error}"))
 
     def _on_event(self, event: LoopEvent) -> None:
         self._last_event = event
