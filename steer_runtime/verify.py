@@ -6,8 +6,7 @@ Invariant: every check compares tensors of real forwards on the policy as loaded
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.steering.engine import hooks_on
 from steer_runtime.steering.offline import OfflineSteering
+from steer_runtime.steering.seed import SEED_ALPHA, seed_override
 from steer_runtime.types import Observation, Policy, Tower
-
-SEED_ALPHA = 4.0
-"""Activation written by the seed paper for OpenVLA (arXiv 2509.00328)."""
 
 
 class VerifiablePolicy(Policy, Protocol):
@@ -91,7 +88,7 @@ def _checks(
         steering.set({})
         cleared, _ = steering.run(forward)
 
-    with _seed_hooks(tower, override):
+    with seed_override(tower, override):
         reference = policy.logits(observation)
     yield Check(
         "the seed's override, bit for bit",
@@ -142,36 +139,5 @@ def _random_override(policy: Policy, tower: Tower, rng: np.random.Generator) -> 
     )
 
 
-@contextmanager
-def _seed_hooks(tower: Tower, direction: Direction) -> Iterator[None]:
-    """The seed paper's intervention: run down_proj, then run it again on a changed copy of its input."""
-    assert direction.neurons is not None
-    handles = []
-    for layer in np.unique(direction.neurons.layer).tolist():
-        module = tower.down_projs[layer]
-        assert isinstance(module, nn.Module)
-        chosen = direction.neurons.neuron[direction.neurons.layer == layer]
-        alpha = direction.neurons.alpha[direction.neurons.layer == layer]
-        handles.append(module.register_forward_hook(_second_product(torch.from_numpy(chosen).long(), alpha)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _second_product(
-    neurons: Tensor, alpha: np.ndarray
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> Tensor:
-        f = args[0].clone()
-        f[..., neurons] = torch.from_numpy(alpha).to(f)
-        weight, bias = module.weight, getattr(module, "bias", None)
-        return nn.functional.linear(f, weight, bias)  # type: ignore[arg-type]
-
-    return hook
-
-
 def _difference(a: Tensor, b: Tensor) -> str:
     return f"largest difference {float((a - b).abs().max()):.3g}"
-
