@@ -1,0 +1,222 @@
+"""Verbs of the `steer` command that talk to a running policy node: list, pub, state, clear.
+
+Invariant: importing this imports no ROS; a missing ROS or node is one sentence and its own exit code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from steer_runtime.errors import SteerError
+from steer_runtime.types import ROLES, Role
+
+if TYPE_CHECKING:
+    from ros_nodes.client import NodeState, SteeringClient
+    from steer_runtime.steering.command import Verdict
+
+EXIT_REFUSED = 1
+EXIT_NO_NODE = 3
+
+Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the policy node.")]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds to wait for the node.", min=0.1, max=600.0)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the application."""
+    app.command("list", epilog="Examples:  steer list  ·  steer list --json")(list_targets)
+    app.command(
+        "pub",
+        # An axis takes negative numbers, which are not options.
+        context_settings={"ignore_unknown_options": True},
+        epilog="Examples:  steer pub slow 0.5  ·  steer pub slow-fast -0.8  ·  "
+        "steer pub slow 0.5 --ramp 0.5 --hold 2 --priority 1 --span text",
+    )(publish)
+    app.command("state", epilog="Examples:  steer state  ·  steer state --watch  ·  steer state --json")(show_state)
+    app.command("clear", epilog="Examples:  steer clear slow  ·  steer clear --all")(clear)
+
+
+def list_targets(namespace: Namespace = "/steer", timeout: Timeout = 8.0, as_json: AsJson = False) -> None:
+    """Directions and axes that the running policy node knows."""
+    with _client(namespace) as client:
+        state = client.state(timeout)
+    if as_json:
+        _print_json(
+            {"directions": state.directions, "axes": state.axes, "policy": state.policy, "trained": state.trained}
+        )
+        return
+    table = Table("name", "id", "largest strength", title=f"directions of {state.policy_text}", title_justify="left")
+    for direction in state.directions:
+        table.add_row(direction.name, direction.id, f"{direction.limit:g}")
+    axes = Table("axis", "-1", "+1", title="axes", title_justify="left")
+    for axis in state.axes:
+        axes.add_row(axis.name, axis.negative, axis.positive)
+    console = Console()
+    console.print(table if state.directions else "no directions are loaded; set the node's parameter direction_store")
+    if state.axes:
+        console.print(axes)
+
+
+def publish(
+    target: Annotated[str, typer.Argument(help="Direction or axis, as `steer list` shows it.")],
+    strength: Annotated[float, typer.Argument(help="0 to 1 for a direction, -1 to 1 for an axis; 0 is off.")],
+    ramp: Annotated[float | None, typer.Option("--ramp", help="Seconds to reach it. [default: the node's]")] = None,
+    hold: Annotated[float | None, typer.Option("--hold", help="Seconds it lasts. [default: until cleared]")] = None,
+    priority: Annotated[int, typer.Option("--priority", help="The higher one wins.", min=-128, max=127)] = 0,
+    span: Annotated[list[str] | None, typer.Option("--span", help=f"Tokens: {', '.join(ROLES)}; repeatable.")] = None,
+    source: Annotated[str, typer.Option("--source", help="Name to command under.")] = "steer-cli",
+    namespace: Namespace = "/steer",
+    timeout: Timeout = 8.0,
+    as_json: AsJson = False,
+) -> None:
+    """Command one direction or axis and print the verdict; exit code 1 when it was refused."""
+    with _client(namespace, source) as client:
+        state = client.state(timeout)
+        sent = client.publish(
+            target, strength, ramp_s=ramp, hold_s=hold, priority=priority, span=_span(span), timeout=timeout
+        )
+        verdict = client.wait_verdict(sent, timeout)
+    _finish(verdict, state, as_json)
+
+
+def clear(
+    target: Annotated[str | None, typer.Argument(help="Direction or axis to clear.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Clear all of them.")] = False,
+    ramp: Annotated[float | None, typer.Option("--ramp", help="Seconds to fade. [default: at once]")] = None,
+    priority: Annotated[int, typer.Option("--priority", help="The higher one wins.", min=-128, max=127)] = 0,
+    source: Annotated[str, typer.Option("--source", help="Name to command under.")] = "steer-cli",
+    namespace: Namespace = "/steer",
+    timeout: Timeout = 8.0,
+    as_json: AsJson = False,
+) -> None:
+    """Stop steering one target, or all of them."""
+    if (target is None) != everything:
+        raise SteerError(
+            "bad_usage", "give either one name or --all, such as `steer clear slow` or `steer clear --all`"
+        )
+    with _client(namespace, source) as client:
+        state = client.state(timeout)
+        sent = client.clear(target, ramp_s=ramp, priority=priority, timeout=timeout)
+        verdict = client.wait_verdict(sent, timeout)
+    _finish(verdict, state, as_json)
+
+
+def show_state(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until Ctrl-C.")] = False,
+    namespace: Namespace = "/steer",
+    timeout: Timeout = 8.0,
+    as_json: AsJson = False,
+) -> None:
+    """What the policy node does now: loop, active directions, counters, alarms."""
+    with _client(namespace) as client:
+        state = client.state(timeout)
+        if not watch:
+            _print_json(state) if as_json else Console().print(_state_view(state))
+            return
+        try:
+            if as_json:
+                while True:
+                    _print_json(state)
+                    state = client.next_state(timeout)
+            with Live(_state_view(state), refresh_per_second=10) as live:
+                while True:
+                    state = client.next_state(timeout)
+                    live.update(_state_view(state))
+        except KeyboardInterrupt:
+            return
+
+
+@contextmanager
+def _client(namespace: str, source: str | None = None) -> Iterator[SteeringClient]:
+    """A client whose failures are one sentence and an exit code."""
+    try:
+        from ros_nodes.client import SteeringClient
+    except ImportError as error:
+        raise SteerError(
+            "no_ros",
+            f"this verb needs ROS 2 ({error}); install `pip install 'steer-runtime[ros]'` and run "
+            "ros_nodes/steer_msgs/build.sh, or source your ROS distribution",
+        ) from error
+    try:
+        with SteeringClient(namespace, source=source) as client:
+            yield client
+    except SteerError as error:
+        if error.code not in ("no_node", "no_state", "no_verdict"):
+            raise
+        print(error.sentence, file=sys.stderr)
+        raise typer.Exit(EXIT_NO_NODE) from None
+
+
+def _span(names: list[str] | None) -> frozenset[Role] | None:
+    if not names:
+        return None
+    unknown = [name for name in names if name not in ROLES]
+    if unknown:
+        raise SteerError(
+            "bad_span", f"--span {unknown[0][:40]!r} is unknown: expected one or more of {', '.join(ROLES)}"
+        )
+    return frozenset(cast("list[Role]", names))
+
+
+def _finish(verdict: Verdict, state: NodeState, as_json: bool) -> None:
+    if as_json:
+        _print_json(verdict)
+    else:
+        word, style = ("accepted", "green") if verdict.accepted else ("refused", "red")
+        line = Text.assemble((word, style), f" ({verdict.code}): {verdict.sentence}")
+        Console(soft_wrap=True).print(line)
+        if not state.trained:
+            Console(soft_wrap=True).print(Text(f"the node runs {state.policy_text}", style="yellow"))
+    if not verdict.accepted:
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _state_view(state: NodeState) -> Group:
+    age_s = time.time() - state.stamp_ns / 1e9
+    head = Table.grid(padding=(0, 2))
+    head.add_row("policy", Text(state.policy_text or "none", style="" if state.trained else "yellow"))
+    head.add_row("node", f"{state.lifecycle}, loop {state.loop_state}, instance {state.instance_id[:8]}")
+    head.add_row("steering", f"epoch {state.steering.epoch}, sequence {state.steering.sequence}")
+    head.add_row("state age", f"{age_s:.1f} s")
+    active = Table("target", "direction", "strength", "commanded", "priority", "source", "span", "shadowed", "expires")
+    for a in state.active:
+        active.add_row(
+            a.target,
+            a.direction_id,
+            f"{a.strength:+.3f}",
+            f"{a.commanded:+.3f}",
+            str(a.priority),
+            a.source,
+            " ".join(sorted(a.span or ())),
+            str(a.shadowed_neurons),
+            "when cleared" if a.expires_in_s is None else f"{a.expires_in_s:.1f} s",
+        )
+    counters = Table("counter", "value")
+    for name, value in sorted(state.counters.items()):
+        counters.add_row(name, str(value))
+    alarms = [Text(f"alarm: {alarm}", style="red") for alarm in state.alarms]
+    return Group(head, active if state.active else Text("nothing is steered"), *alarms, counters)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, default=_plain), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, (frozenset, tuple)):
+        return sorted(value)
+    return str(value)
