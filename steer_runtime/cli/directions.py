@@ -73,7 +73,7 @@ def labels(
             label = found.text(layer, neuron)
             score = f"{found.scores[found.row(layer), neuron, 0]:.3f}"
             table.add_row(str(layer), str(neuron), str(found.identity.flat(layer, neuron)), show_label(label), score)
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command(
@@ -100,7 +100,7 @@ def search(
     for m in matches[:top]:
         flat = found.identity.flat(m.layer, m.neuron)
         table.add_row(str(m.layer), str(m.neuron), str(flat), str(m.rank), f"{m.score:.3f}", show_label(m.label))
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command(
@@ -277,7 +277,7 @@ def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
         finder = str(d.provenance.get("finder", "-")) + _untrained_suffix([d])
         cells = (d.id, d.model_hash[:12], d.op, ",".join(sorted(d.span)), writes, strength, finder)
         table.add_row(*(Text(_printable(cell)) for cell in cells))
-    Console().print(table)
+    _console().print(table)
     bad = [entry for entry in entries if entry.problem is not None]
     for entry in bad:
         typer.echo(f"refused: {_printable(entry.problem or '')}", err=True)
@@ -315,8 +315,9 @@ def parse_neurons(text: str) -> list[tuple[int, int]]:
 
 
 def show_label(tokens: Sequence[str]) -> Text:
-    """Tokens of a label for a terminal: quoted where a leading space would be lost, control characters made visible."""
-    return Text(", ".join(repr(_printable(t)) if t != t.strip() else _printable(t) for t in tokens), overflow="fold")
+    """Tokens of a label for a terminal: a leading space as U+2581, control characters visible."""
+    shown = (f"\u2581{t[1:]}" if t.startswith(" ") and len(t) > 1 else t for t in tokens)
+    return Text(", ".join(_printable(t) for t in shown), overflow="fold")
 
 
 def _printable(text: str) -> str:
@@ -387,11 +388,17 @@ def _untrained_suffix(directions: Sequence[Direction]) -> str:
     return f" ({UNTRAINED})" if any(d.provenance.get("policy_trained") is False for d in directions) else ""
 
 
+def _console() -> Console:
+    # Into a pipe rich assumes 80 columns, which folds every label; a terminal says its own width.
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=Text(_printable(title)), title_justify="left")
     for column in columns:
         number = column in ("layer", "neuron", "flat", "rank", "score", "best score", "alpha", "low", "site", "norm")
-        table.add_column(column, justify="right" if number else "left", no_wrap=number or column == "id")
+        fixed = number or column == "id"
+        table.add_column(column, justify="right" if number else "left", no_wrap=fixed, overflow="fold")
     return table
 
 
@@ -404,7 +411,7 @@ def _show_direction(direction: Direction) -> None:
         for fact in facts.pop("neurons", [])
         if isinstance(fact, dict)
     }
-    console = Console()
+    console = _console()
     lines = {
         "hash": direction.hash,
         "model": direction.model_hash,

@@ -288,15 +288,21 @@ def _of_neurons(
             f"neuron {too_big[0][0]}:{too_big[0][1]} is out of range: expected layer 0 to {identity.layers - 1} and "
             f"neuron 0 to {identity.d_ff - 1}",
         )
-    low = None if recipe.low is None else np.full(size, recipe.low, np.float32)
+    low = None if recipe.low is None else _filled(size, recipe.low)
     neurons = Neurons(
         layer=np.array([layer for layer, _ in pairs], np.int32),
         neuron=np.array([neuron for _, neuron in pairs], np.int32),
-        alpha=np.full(size, alpha, np.float32),
+        alpha=_filled(size, alpha),
         low=low,
     )
     span = ALL_ROLES if recipe.span is None else recipe.span
     return _direction(identity, recipe, facts | {"alpha": alpha}, op=op, span=span, neurons=neurons, name=name)
+
+
+def _filled(size: int, value: float) -> np.ndarray:
+    # A value beyond float32 becomes infinite here, and Direction refuses what is not finite.
+    with np.errstate(over="ignore"):
+        return np.full(size, value, np.float32)
 
 
 def _direction(

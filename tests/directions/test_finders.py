@@ -1,0 +1,279 @@
+"""Every finder returns what its words, neurons or file say, and refuses what this model does not have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from steer_runtime.directions import finders
+from steer_runtime.directions.finders import Recipe
+from steer_runtime.directions.store import DirectionStore
+from steer_runtime.directions.token_basis import Labels, TokenBasis, TowerIdentity
+from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+
+CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
+OPENVLA = TowerIdentity("lm", "f" * 64, 32, 4096, 11008)
+PI0_FAST = TowerIdentity("prefix", "f" * 64, 18, 2048, 16384)
+RECIPE = Recipe("up", "2026-01-31")
+
+
+def made_labels(policy: OpenVLAPolicy, rows: dict[tuple[int, int], list[tuple[str, float]]]) -> Labels:
+    """Labels of 2 layers x 8 neurons x 3 tokens: the given (word, score) lists, filler elsewhere."""
+    basis = TokenBasis.of(policy)
+    filler = basis.tokens_of("word40")[0]
+    tokens = np.full((2, 8, 3), filler, np.int32)
+    scores = np.tile(np.array([0.3, 0.2, 0.1], np.float32), (2, 8, 1))
+    for (layer, neuron), label in rows.items():
+        for i, (word, score) in enumerate(label):
+            tokens[layer, neuron, i], scores[layer, neuron, i] = basis.tokens_of(word)[0], score
+    identity = TowerIdentity("lm", policy.model_hash, 2, policy.towers["lm"].d_model, 8)
+    return Labels(identity, (0, 1), tokens, scores, basis)
+
+
+@pytest.fixture
+def labels(tiny_policy: OpenVLAPolicy) -> Labels:
+    return made_labels(
+        tiny_policy,
+        {
+            (0, 1): [("up", 2.0), ("slow", 1.0)],
+            (0, 5): [("quick", 9.0), ("up", 3.0)],
+            (1, 2): [("up", 1.0), ("above", 0.5)],
+            (1, 6): [("below", 5.0), ("up", 4.0)],
+        },
+    )
+
+
+def test_search_ranks_by_matching_tokens_then_by_score(labels: Labels) -> None:
+    found = finders.search(labels, ["up", "above"])
+    assert [(m.layer, m.neuron, m.matches, m.rank, m.score) for m in found] == [
+        (1, 2, 2, 0, 1.0),
+        (1, 6, 1, 1, 4.0),
+        (0, 5, 1, 1, 3.0),
+        (0, 1, 1, 0, 2.0),
+    ]
+
+
+def test_search_leaves_out_vectors_that_say_both(labels: Labels) -> None:
+    found = finders.search(labels, ["up"], against=["below", "slow"])
+    assert [(m.layer, m.neuron) for m in found] == [(0, 5), (1, 2)]
+
+
+def test_search_finds_what_a_loop_over_the_texts_finds(tiny_policy: OpenVLAPolicy) -> None:
+    labels = TokenBasis.of(tiny_policy).project(tiny_policy.towers["lm"], tiny_policy.model_hash)
+    expected = {
+        (layer, neuron)
+        for layer in labels.layers
+        for neuron in range(labels.identity.d_ff)
+        if {t.strip().casefold() for t in labels.text(layer, neuron)} & {"fast", "quick"}
+    }
+    assert expected
+    assert {(m.layer, m.neuron) for m in finders.search(labels, ["Fast", " quick"])} == expected
+
+
+def test_a_word_that_is_no_token_is_refused_by_name(labels: Labels) -> None:
+    error = refused(lambda: finders.search(labels, ["up", "skyward"]))
+    assert error.code == "unknown_word"
+    assert "'skyward'" in error.sentence
+
+
+def test_search_needs_words(labels: Labels) -> None:
+    assert refused(lambda: finders.search(labels, [])).code == "unknown_word"
+
+
+def test_from_words_overrides_the_best_matches_at_four(labels: Labels) -> None:
+    direction = finders.from_words(labels, RECIPE, ["up", "above"], count=2)
+    assert direction.neurons is not None
+    assert direction.neurons.layer.tolist() == [1, 1]
+    assert direction.neurons.neuron.tolist() == [2, 6]
+    assert direction.neurons.alpha.tolist() == [4.0, 4.0]
+    assert (direction.op, direction.proven) == ("override", False)
+
+
+def test_from_words_remembers_how_it_was_found(labels: Labels) -> None:
+    facts = finders.from_words(labels, RECIPE, ["up"], against=["slow"], count=1).provenance
+    assert (facts["finder"], facts["words"], facts["against"]) == ("from_words", ["up"], ["slow"])
+    assert facts["date"] == "2026-01-31"
+    assert facts["neurons"][0]["label"][:2] == ["below", "up"]
+    assert set(facts["versions"]) == {"torch", "transformers", "numpy"}
+
+
+def test_the_same_inputs_make_the_same_direction(labels: Labels) -> None:
+    made = [finders.from_words(labels, RECIPE, ["up"]).hash for _ in range(2)]
+    assert made[0] == made[1]
+
+
+def test_words_that_no_label_carries_are_refused(labels: Labels) -> None:
+    assert refused(lambda: finders.from_words(labels, RECIPE, ["basket"])).code == "no_match"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "code"),
+    [
+        ([(2, 0)], "layer_out_of_range"),
+        ([(0, 8)], "neuron_out_of_range"),
+        ([(0, -1)], "neuron_out_of_range"),
+        ([(0, 2**40)], "neuron_out_of_range"),
+        ([(0, 1), (0, 1)], "bad_direction"),
+        ([], "bad_direction"),
+    ],
+)
+def test_neurons_that_cannot_be_written_are_refused(labels: Labels, pairs: list[tuple[int, int]], code: str) -> None:
+    assert refused(lambda: finders.from_neurons(labels.identity, RECIPE, pairs, labels=labels)).code == code
+
+
+def test_from_neurons_keeps_the_labels_of_its_neurons(labels: Labels) -> None:
+    direction = finders.from_neurons(labels.identity, RECIPE, [(0, 5)], labels=labels)
+    assert direction.provenance["neurons"][0]["label"][:2] == ["quick", "up"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "code"),
+    [
+        (Recipe("up", "", alpha=float("nan")), "not_finite"),
+        (Recipe("up", "", alpha=1e300), "not_finite"),
+        (Recipe("up", "", op="clamp"), "bad_direction"),
+        (Recipe("up", "", op="clamp", alpha=1.0, low=2.0), "bad_direction"),
+        (Recipe("up", "", op="ablate", alpha=1.0), "bad_operation"),
+        (Recipe("up", "", op="explode"), "bad_operation"),  # type: ignore[arg-type]
+        (Recipe("up", "", span=frozenset()), "bad_span"),
+        (Recipe("Up!", ""), "bad_name"),
+        (Recipe("up", "", max_strength=2.0), "bad_max_strength"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(labels: Labels, recipe: Recipe, code: str) -> None:
+    assert refused(lambda: finders.from_neurons(labels.identity, recipe, [(0, 5)])).code == code
+
+
+def test_ablation_needs_no_alpha(labels: Labels) -> None:
+    direction = finders.from_neurons(labels.identity, Recipe("off", "", op="ablate"), [(0, 5)])
+    assert direction.neurons is not None
+    assert direction.neurons.alpha.tolist() == [0.0]
+
+
+def test_a_dense_direction_is_the_difference_of_mean_embeddings(tiny_policy: OpenVLAPolicy) -> None:
+    identity, basis = identity_of(tiny_policy), TokenBasis.of(tiny_policy)
+    recipe = Recipe("quick", "", alpha=3.0)
+    direction = finders.dense_from_words(identity, recipe, basis, ["fast", "quick"], ["slow"])
+    row = {word: tiny_policy.unembedding[basis.tokens_of(word)[0]].double() for word in ("fast", "quick", "slow")}
+    expected = 3.0 * ((row["fast"] + row["quick"]) / 2 - row["slow"])
+    assert direction.dense is not None
+    assert list(direction.dense) == [0]
+    np.testing.assert_allclose(direction.dense[0], expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert (direction.op, direction.span) == ("add", {"text"})
+
+
+def test_a_dense_direction_of_untied_weights_uses_the_input_embedding(tiny_policy: OpenVLAPolicy) -> None:
+    identity, basis = identity_of(tiny_policy), TokenBasis.of(tiny_policy)
+    table = torch.randn(basis.vocab, identity.d_model, generator=torch.Generator().manual_seed(5))
+    direction = finders.dense_from_words(identity, Recipe("quick", ""), basis, ["fast"], ["slow"], embedding=table)
+    fast, slow = basis.tokens_of("fast")[0], basis.tokens_of("slow")[0]
+    assert direction.dense is not None
+    np.testing.assert_array_equal(direction.dense[0], (table[fast] - table[slow]).numpy())
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "code"),
+    [
+        (["fast", "swiftly"], ["slow"], "unknown_word"),
+        (["FAST"], ["slow"], "unknown_word"),
+        (["fast"], [], "unknown_word"),
+        (["fast"], ["fast"], "no_direction"),
+    ],
+)
+def test_words_that_make_no_dense_direction_are_refused(
+    tiny_policy: OpenVLAPolicy, positive: list[str], negative: list[str], code: str
+) -> None:
+    identity, basis = identity_of(tiny_policy), TokenBasis.of(tiny_policy)
+    error = refused(lambda: finders.dense_from_words(identity, Recipe("quick", ""), basis, positive, negative))
+    assert error.code == code
+
+
+@pytest.mark.parametrize(
+    ("file", "identity", "made_for", "sizes"),
+    [
+        (
+            "corl2025_openvla_clusters.yaml",
+            OPENVLA,
+            finders.OPENVLA_SIZE,
+            {"up_10": 10, "up_20": 20, "careful_10_full": 10},
+        ),
+        ("corl2025_pi0fast_clusters.yaml", PI0_FAST, finders.PI0_FAST_SIZE, {"high_cluster": 3, "low_cluster": 4}),
+    ],
+)
+def test_the_published_clusters_load(
+    file: str, identity: TowerIdentity, made_for: tuple[int, int], sizes: dict[str, int]
+) -> None:
+    clusters = finders.from_clusters(CLUSTERS / file, identity, RECIPE, made_for=made_for)
+    found = {d.name: len(d.neurons or ()) for d in clusters.directions}
+    assert found.items() >= sizes.items()
+    assert clusters.empty == (("blank",) if "openvla" in file else ())
+
+
+def test_a_published_cluster_keeps_its_flat_indices_and_labels(tmp_path: Path) -> None:
+    path = CLUSTERS / "corl2025_openvla_clusters.yaml"
+    up = next(d for d in finders.from_clusters(path, OPENVLA, RECIPE).directions if d.name == "up_10")
+    assert up.neurons is not None
+    flat = [OPENVLA.flat(int(a), int(b)) for a, b in zip(up.neurons.layer, up.neurons.neuron, strict=True)]
+    assert flat == list(yaml.safe_load(path.read_text())["up_10"])
+    assert up.provenance["labels"][0][:2] == ["up", "Up"]
+    DirectionStore(tmp_path).save(up)
+    assert DirectionStore(tmp_path).load("up_10").hash == up.hash
+
+
+def test_clusters_of_a_model_of_another_size_are_refused() -> None:
+    other = TowerIdentity("lm", "f" * 64, 8, 576, 1536)
+    path = CLUSTERS / "corl2025_openvla_clusters.yaml"
+    assert refused(lambda: finders.from_clusters(path, other, RECIPE)).code == "other_model"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (f"up: [{32 * 11008}]", "neuron_out_of_range"),
+        ("up: [-1]", "neuron_out_of_range"),
+        ("up: [1, 1]", "bad_direction"),
+        ("up: {1: [a], 1: [b]}", "bad_clusters"),
+        ("up: [true]", "bad_clusters"),
+        ("up: ['1']", "bad_clusters"),
+        ("up: 5", "bad_clusters"),
+        ("[1, 2]", "bad_clusters"),
+        ("up: [1", "bad_clusters"),
+        ("up: !!python/object/apply:os.getcwd []", "bad_clusters"),
+        ("../up: [1]", "bad_name"),
+        ("up: " + "[" * 20_000, "bad_clusters"),
+        ("up: [" + "1, " * 400_000 + "2]", "bad_clusters"),
+    ],
+)
+def test_a_cluster_file_that_is_none_is_refused(tmp_path: Path, text: str, code: str) -> None:
+    path = tmp_path / "clusters.yaml"
+    path.write_text(text)
+    error = refused(lambda: finders.from_clusters(path, OPENVLA, RECIPE))
+    assert error.code == code
+    assert str(tmp_path) not in error.sentence
+
+
+def test_no_path_of_this_machine_gets_into_a_card(labels: Labels) -> None:
+    made = [
+        finders.from_words(labels, RECIPE, ["up"]),
+        finders.from_neurons(labels.identity, RECIPE, [(0, 1)], labels=labels),
+        *finders.from_clusters(CLUSTERS / "corl2025_openvla_clusters.yaml", OPENVLA, RECIPE).directions,
+    ]
+    for direction in made:
+        assert str(CLUSTERS.parent) not in json.dumps(direction.card())
+
+
+def identity_of(policy: OpenVLAPolicy) -> TowerIdentity:
+    return TowerIdentity.of(policy.towers["lm"], policy.model_hash)
+
+
+def refused(action: Callable[[], object]) -> SteerError:
+    with pytest.raises(SteerError) as caught:
+        action()
+    return caught.value
