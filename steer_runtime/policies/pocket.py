@@ -71,18 +71,23 @@ def build_pocket(out_dir: Path, *, layers: Sequence[int] = DEFAULT_LAYERS, seed:
             "bad_pocket",
             f"the tokenizer has {len(tokenizer) - _BINS} tokens and the model {words}: expected them equal",
         )
-    model = OpenVLAModel(_config(spec, source.config, words))
-    _initialise(model, spec.seed)
-    _graft(model, source, spec.layers)
-    model.to(getattr(torch, spec.dtype))
     card = _card(spec)
     return save_checkpoint(
-        model,
+        assemble(spec, source),
         out_dir,
         assumed_statistics(),
         tokenizer=tokenizer,
         finish=lambda work: _write_json(work / "pocket.json", card),
     )
+
+
+def assemble(spec: PocketSpec, source: Any) -> OpenVLAModel:
+    """The pocket network around `source`, SmolLM2 as transformers' LlamaForCausalLM; all else random from spec.seed."""
+    model = OpenVLAModel(_config(spec, source.config))
+    generator = torch.Generator().manual_seed(spec.seed)
+    _initialise(model, generator)
+    _graft(model, source, spec.layers, generator)
+    return model.to(getattr(torch, spec.dtype)).requires_grad_(False).eval()
 
 
 def find_gguf() -> Path:
@@ -110,7 +115,7 @@ def load_smollm2(gguf: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, needed for building only
 
     source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    return source.eval(), AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    return source.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 
 
 def assumed_statistics() -> dict[str, Any]:
@@ -129,14 +134,14 @@ def assumed_statistics() -> dict[str, Any]:
     return {suite: entry for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")}
 
 
-def _config(spec: PocketSpec, source: Any, words: int) -> OpenVLAConfig:
+def _config(spec: PocketSpec, source: Any) -> OpenVLAConfig:
     d = spec.vision_hidden
     heads = max(1, d // 64)
     return OpenVLAConfig(
         dino=ViTConfig(d, spec.vision_blocks, heads, 4 * d, registers=4, class_token=True),
         siglip=ViTConfig(d, spec.vision_blocks, heads, 4 * d),
         lm=LMConfig(
-            vocab_rows=words + _BINS + _PAD_ROWS,
+            vocab_rows=source.vocab_size + _BINS + _PAD_ROWS,
             d_model=source.hidden_size,
             d_ff=source.intermediate_size,
             layers=len(spec.layers),
@@ -148,7 +153,7 @@ def _config(spec: PocketSpec, source: Any, words: int) -> OpenVLAConfig:
             tied=True,
             bos_token_id=int(source.bos_token_id),
         ),
-        usable_vocab=words + _BINS,
+        usable_vocab=source.vocab_size + _BINS,
         image_size=spec.image_size,
         patch=spec.patch,
         append_token_id=None,
@@ -159,9 +164,8 @@ def _config(spec: PocketSpec, source: Any, words: int) -> OpenVLAConfig:
 
 
 @torch.no_grad()
-def _initialise(model: OpenVLAModel, seed: int) -> None:
+def _initialise(model: OpenVLAModel, generator: torch.Generator) -> None:
     """Random vision and projector: variance-preserving matrices (std fan_in**-0.5), unit norms and LayerScale, no biases."""
-    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.startswith("language_model"):
             continue
@@ -175,13 +179,12 @@ def _initialise(model: OpenVLAModel, seed: int) -> None:
 
 
 @torch.no_grad()
-def _graft(model: OpenVLAModel, source: Any, layers: Sequence[int]) -> None:
+def _graft(model: OpenVLAModel, source: Any, layers: Sequence[int], generator: torch.Generator) -> None:
     """Copy SmolLM2's embedding, kept layers and norm; new rows and projected patches get the size of its embeddings."""
     ours, theirs = model.language_model.model, source.model
     words = source.config.vocab_size
     table: Tensor = theirs.embed_tokens.weight
     spread = float(table.std())
-    generator = torch.Generator().manual_seed(model.config.usable_vocab)
     ours.embed_tokens.weight[:words].copy_(table)
     new = ours.embed_tokens.weight[words : words + _BINS]
     new.copy_(torch.randn(new.shape, generator=generator) * spread)

@@ -26,7 +26,7 @@ from steer_runtime.policies.openvla.config import emit_config, read_config
 from steer_runtime.policies.openvla.layout import NOT_PERSISTENT, Entry, Target, entries, zero_filled
 from steer_runtime.policies.openvla.model import OpenVLAModel
 
-WINDOW_BYTES = 128 << 20
+WINDOW_BYTES = 16 << 20
 """Bytes read from one mapping of a file before it is mapped anew: touched pages of a mapping count as memory."""
 
 INDEX = "model.safetensors.index.json"

@@ -136,7 +136,7 @@ def read_config(path: Path) -> OpenVLAConfig:
         raise SteerError("bad_model_config", f"{path} holds a {type(raw).__name__}: expected a JSON object")
     try:
         return parse_config(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SteerError("bad_model_config", f"{path} is not an OpenVLA configuration: {error!r}") from None
 
 

@@ -153,23 +153,33 @@ class OpenVLAModel(nn.Module):
         """Role of each prefill token, in order."""
         return ["text", *["image"] * self.config.patches, *["text"] * (prompt_tokens - 1)]  # type: ignore[list-item]
 
-    def step(self, embeddings: Tensor, cache: DynamicCache | None) -> Tensor:
-        """One causal language-model forward: logits [B, vocab_rows] after the last of the embeddings [B, T, d_model]."""
+    def step(self, embeddings: Tensor, cache: DynamicCache | None, rows: slice | None = None) -> Tensor:
+        """One causal language-model forward: logits [B, rows] after the last of the embeddings [B, T, d_model].
+
+        rows: the part of the vocabulary to score, None for all of it.
+        """
         entered = self.embedding_entry(embeddings)
         hidden = self.language_model.model(
             inputs_embeds=entered, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
-        return self.language_model.lm_head(hidden[:, -1])
+        ).last_hidden_state[:, -1]
+        if rows is None:
+            return self.language_model.lm_head(hidden)
+        return nn.functional.linear(hidden, self.unembedding[rows])
 
-    def decode(self, pixels: Tensor, prompt_ids: Tensor, announce: Announce | None = None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, pixels: Tensor, prompt_ids: Tensor, announce: Announce | None = None, *, all_logits: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Greedy action tokens int64 [7] and their logits float32 [7, vocab_rows], for one observation.
 
         pixels [1, 6, S, S], prompt_ids int64 [1, n]. `announce` hears the token roles before each forward. The logits
-        are the network's own; `restrict_to_action_tokens` only narrows the choice of the token.
+        are the network's own; `restrict_to_action_tokens` only narrows the choice of the token. With all_logits False a
+        restricted policy scores its action tokens only, logits [7, n_bins]: half the work of a pocket policy.
         """
         config = self.config
-        low = config.usable_vocab - config.n_bins if config.restrict_to_action_tokens else 0
-        high = config.usable_vocab if config.restrict_to_action_tokens else config.lm.vocab_rows
+        low, high = 0, config.lm.vocab_rows
+        if config.restrict_to_action_tokens:
+            low, high = config.usable_vocab - config.n_bins, config.usable_vocab
+        only_choices = config.restrict_to_action_tokens and not all_logits
         cache = DynamicCache(config=self.llama_config)
         embeddings = self.embed(pixels, prompt_ids)
         roles: list[Role] = self.prefill_roles(prompt_ids.shape[1])
@@ -177,8 +187,9 @@ class OpenVLAModel(nn.Module):
         for index in range(ACTION_TOKENS):
             if announce is not None:
                 announce(roles)
-            scores = self.step(embeddings, cache)
-            token = scores[:, low:high].argmax(dim=-1) + low
+            scores = self.step(embeddings, cache, slice(low, high) if only_choices else None)
+            choices = scores if only_choices else scores[:, low:high]
+            token = choices.argmax(dim=-1) + low
             tokens.append(token)
             logits.append(scores.float())
             if index + 1 < ACTION_TOKENS:

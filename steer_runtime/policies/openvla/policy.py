@@ -136,7 +136,7 @@ class OpenVLAPolicy:
         notes: out_of_range_tokens, how many of the 7 tokens were no action tokens (clipped as published).
         Raises SteerError: missing_camera, bad_image, bad_instruction, not_finite.
         """
-        tokens, logits = self._decode(observation)
+        tokens, logits = self._decode(observation, all_logits=False)
         if not bool(torch.isfinite(logits).all()):
             raise SteerError(
                 "not_finite",
@@ -154,7 +154,7 @@ class OpenVLAPolicy:
     @torch.inference_mode()
     def logits(self, observation: Observation) -> Tensor:
         """float32 [7, vocab_rows]: logits of the 7 decoding steps, each after the policy's own greedy tokens."""
-        return self._decode(observation)[1]
+        return self._decode(observation, all_logits=True)[1]
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """BOS, the prompt's tokens, and the appended token of the training format. Raises SteerError('bad_instruction')."""
@@ -186,11 +186,11 @@ class OpenVLAPolicy:
             )
         return pixel_values(libero_image(image, self.config.image_size, camera=self.camera))
 
-    def _decode(self, observation: Observation) -> tuple[Tensor, Tensor]:
+    def _decode(self, observation: Observation, *, all_logits: bool) -> tuple[Tensor, Tensor]:
         weight = self.unembedding
         pixels = self.pixels(observation).to(weight.device, weight.dtype)
         prompt = torch.tensor([self.prompt_ids(observation.instruction)], device=weight.device)
-        return self.model.decode(pixels, prompt, self._announce)
+        return self.model.decode(pixels, prompt, self._announce, all_logits=all_logits)
 
     def _announce(self, roles: list[Role]) -> None:
         if self._listener is not None:
