@@ -67,7 +67,9 @@ def require_match(policy: ActionSpace, robot: ActionSpace) -> None:
     if differing:
         raise SteerError(
             "action_space_mismatch",
-            "action spaces differ: " + "; ".join(differing) + "; load a policy trained for this robot or convert its actions",
+            "action spaces differ: "
+            + "; ".join(differing)
+            + "; load a policy trained for this robot or convert its actions",
         )
 
 
@@ -151,11 +153,22 @@ class TokenRoles(Protocol):
 class Policy(Protocol):
     """A VLA: observation in, actions out. Knows nothing of steering except that it announces token roles."""
 
-    name: str
-    trained: bool  # False: every surface must say "untrained policy"
-    action_space: ActionSpace
-    towers: Mapping[str, Tower]
-    model_hash: str  # sha256 hex of what directions depend on (down_proj weights and token basis)
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def trained(self) -> bool:
+        """False: every surface must say "untrained policy"."""
+
+    @property
+    def action_space(self) -> ActionSpace: ...
+
+    @property
+    def towers(self) -> Mapping[str, Tower]: ...
+
+    @property
+    def model_hash(self) -> str:
+        """sha256 hex of what directions depend on: down_proj weights and token basis."""
 
     def reset(self) -> None:
         """Forget everything of the running episode."""

