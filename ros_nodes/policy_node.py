@@ -129,6 +129,7 @@ class PolicyNode(LifecycleNode):
         self._rivals: dict[str, _Rival] = {}
         self.complaints = Complaints(self)
         self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._untold: dict[str, Verdict] = {}
         self._sequences: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._lifecycle = "unconfigured"
         self._gave_up = False
@@ -365,11 +366,17 @@ class PolicyNode(LifecycleNode):
         return Verdict(False, error.code, error.sentence, source, epoch, sequence, SteeringStamp(0, 0), 0.0)
 
     def _answer(self, verdict: Verdict) -> None:
-        # Refusals are always told; acceptances of one source only as fast as anybody can read them.
+        # Refusals are always told; acceptances of one source only as fast as anybody can read them, the newest always.
         if verdict.accepted and not self._may_tell(verdict.source):
-            self.complaints.count("suppressed_verdicts")
+            if self._untold.get(verdict.source) is not None:
+                self.complaints.count("suppressed_verdicts")
+            self._untold[verdict.source] = verdict
             return
         self._verdict_pub.publish(verdict_to_msg(verdict, time.time_ns()))
+
+    def _tell_delayed(self) -> None:
+        for source in [source for source in self._untold if self._may_tell(source)]:
+            self._verdict_pub.publish(verdict_to_msg(self._untold.pop(source), time.time_ns()))
 
     def _may_tell(self, source: str) -> bool:
         """Token bucket of one second for each source."""
@@ -378,7 +385,7 @@ class PolicyNode(LifecycleNode):
         left = min(rate, left + (now - at) * rate)
         self._tokens[source] = (left - 1.0 if left >= 1.0 else left, now)
         while len(self._tokens) > 64:
-            self._tokens.popitem(last=False)
+            self._untold.pop(self._tokens.popitem(last=False)[0], None)
         return left >= 1.0
 
     def _count_missed(self, command: SteeringCommand) -> None:
@@ -503,6 +510,7 @@ class PolicyNode(LifecycleNode):
     @guarded
     def _tick(self) -> None:
         self._settings = read(self, PolicyParameters)
+        self._tell_delayed()
         if self._lifecycle == "active":
             self._watch_robot()
             self._watch_rivals()
