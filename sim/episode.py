@@ -96,7 +96,8 @@ class EpisodeFacts:
     """Everything of an episode that is not an array.
 
     trained: False makes every surface say "untrained policy". trace: records of the engine, one an inference, as JSON.
-    timings: seconds of each part of the run. success: the task's own check passed.
+    timings: seconds of each part of the run. success: the task's own check passed. hold_steps: control steps without an
+    action. missing_frames: control steps whose images did not arrive, and which the record leaves out.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -111,6 +112,7 @@ class EpisodeFacts:
     created: str
     success: bool
     hold_steps: int
+    missing_frames: int
     versions: Mapping[str, str]
     directions: tuple[SteeredBy, ...]
     commands: tuple[CommandOutcome, ...]

@@ -59,6 +59,7 @@ def small_record(steps: int = 6, size: int = 32, seed: int = 0) -> EpisodeRecord
         created="2025-01-01T00:00:00+00:00",
         success=False,
         hold_steps=0,
+        missing_frames=0,
         versions={"mujoco": "3.17.0", "gl_backend": "osmesa"},
         directions=(SteeredBy("fast", FAST, "neurons", "override", ("text", "action"), 2, ("fast", "quick")),),
         commands=(command("fast 0.8", 1), refusal),

@@ -1,0 +1,433 @@
+"""`steer demo`: one real LIBERO episode, steered over ROS 2 while it runs, and the evidence of it as one HTML file.
+
+Invariant: it fails when a command did not reach an action or wrote nothing, and its processes never outlive it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ros_nodes.demo_config import CommandSpec, DemoConfig, DirectionSpec, default_config, read_config
+from steer_runtime.errors import SteerError
+
+if TYPE_CHECKING:  # ROS, torch and the simulator take seconds to import and are loaded when the demo runs
+    from ros_nodes.children import Children
+    from ros_nodes.client import SteeringClient
+    from ros_nodes.recorder import Recorder
+    from sim.before_after import BeforeAfter
+    from sim.episode import EpisodeRecord
+    from sim.outcomes import SentCommand
+    from steer_runtime.directions.direction import Axis, Direction
+
+START_S = 240.0
+"""Limit for building a scene, loading a policy and discovery, all at once on two busy cores."""
+STEP_S = 60.0
+"""Limit for one control step, which takes under a second."""
+EXIT_NOT_APPLIED = 1
+
+
+def demo(
+    config: Annotated[Path | None, typer.Option(help="Demo file; default: configs/demo.yaml.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report, the record and the logs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Control steps of the episode.", min=2, max=1000)] = None,
+) -> None:
+    """Steer one real LIBERO episode over ROS 2 and write the evidence to report.html; exit code 1 if a command failed.
+
+    Examples:  steer demo  ·  steer demo --out /tmp/demo  ·  steer demo --config configs/demo.yaml
+    """
+    wanted = read_config(config or default_config())
+    changes = {key: value for key, value in (("out", out), ("steps", steps)) if value is not None}
+    report, faults = run_demo(wanted.changed(changes))
+    print(f"report: {report}")
+    if faults:
+        print(f"the demo failed: {'; '.join(faults)}", file=sys.stderr)
+        raise typer.Exit(EXIT_NOT_APPLIED)
+
+
+def run_demo(config: DemoConfig) -> tuple[Path, tuple[str, ...]]:
+    """Run it. Returns the report's path and a sentence for each command that did not do what it should.
+
+    Raises SteerError when the robot, the policy or the answer to a command does not come.
+    """
+    # Discovery stays on this machine; set before ROS is loaded, which may start the interpreter anew.
+    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    try:
+        import ros_nodes.client  # noqa: F401
+    except ImportError as error:
+        raise SteerError(
+            "no_ros",
+            f"the demo needs ROS 2 ({error}); install `pip install 'steer-runtime[ros]'` and run "
+            "ros_nodes/steer_msgs/build.sh, or source your ROS distribution",
+        ) from error
+    from sim.libero_robot import LiberoRobot, use_software_rendering
+
+    gl = use_software_rendering()
+    # Refuses a wrong task before anything starts.
+    LiberoRobot(config.suite, config.task_id, config.init_state_index)
+    with _progress() as progress:
+        return _Run(config, gl, progress).run()
+
+
+class _Stages:
+    """One line of progress a stage, and how long each took (s)."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Any]:
+        """Yields a function to call with how much is done."""
+        task = self._progress.add_task(name, total=total)
+        begun = time.monotonic()
+        yield lambda done: self._progress.update(task, completed=done)
+        self.seconds[name] = time.monotonic() - begun
+        self._progress.update(task, total=total or 1, completed=total or 1)
+
+
+@contextmanager
+def _progress() -> Iterator[_Stages]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield _Stages(bar)
+
+
+class _Run:
+    """The parts of one run, in the order in which they happen."""
+
+    def __init__(self, config: DemoConfig, gl: str, stages: _Stages) -> None:
+        self.config, self.gl, self.stages = config, gl, stages
+        self.out = config.out.resolve()
+        self.store = self.out / "directions"
+        self.trace_path = self.out / "trace.jsonl"
+        # A domain of this process's own, so that two runs and other robots on this machine do not meet.
+        self.domain_id = 1 + os.getpid() % 100
+
+    def run(self) -> tuple[Path, tuple[str, ...]]:
+        from ros_nodes.children import Children
+        from ros_nodes.client import SteeringClient
+        from ros_nodes.recorder import Recorder
+        from sim import episode, report
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.trace_path.unlink(missing_ok=True)
+        environment = {"ROS_DOMAIN_ID": str(self.domain_id)}
+        with Children(self.out / "logs", environment) as children:
+            self._start_robot(children)
+            with self.stages.stage("loading policy, finding directions"):
+                policy = self._load_policy()
+                directions, axes = self._make_directions(policy)
+            self._start_policy(children, directions)
+            with (
+                Recorder(domain_id=self.domain_id) as recorder,
+                SteeringClient(source="steer-demo", domain_id=self.domain_id) as client,
+            ):
+                with self.stages.stage("starting robot and policy node"):
+                    self._wait_until_acting(children, client, recorder)
+                with self.stages.stage("episode", self.config.steps) as advance:
+                    sent = self._run_episode(children, client, recorder, directions, axes, advance)
+            children.stop("policy")
+            children.stop("robot")
+        steps = self._steps(recorder)
+        count = 2 * self.config.observations * (1 + len(_conditions(self.config)))
+        with self.stages.stage("replaying without and with steering", count) as advance:
+            replay = self._replay(policy, directions, axes, recorder, steps, advance)
+        with self.stages.stage("drawing the report"):
+            record = self._record(policy, directions, recorder, steps, sent, replay)
+            episode.save(record, self.out / "episode")
+            path = report.render(record, self.out / "report.html")
+        return path, record.faults
+
+    # -- before the episode -------------------------------------------------------------------------------------------
+
+    def _start_robot(self, children: Children) -> None:
+        config = self.config
+        task = {"suite": config.suite, "task_id": config.task_id, "init_state_index": config.init_state_index}
+        children.start("robot", "ros_nodes.libero_robot_node", {**task, "mode": "lockstep", "action_timeout_s": STEP_S})
+
+    def _load_policy(self) -> Any:
+        import torch
+
+        from steer_runtime.policies import load_policy
+
+        # More threads than free cores make every operation wait for the slowest; the simulator needs one as well.
+        torch.set_num_threads(self.config.torch_threads)
+        return load_policy(self.config.policy)
+
+    def _make_directions(self, policy: Any) -> tuple[tuple[Direction, ...], tuple[Axis, ...]]:
+        from steer_runtime.directions.direction import Axis
+        from steer_runtime.directions.store import DirectionStore
+        from steer_runtime.directions.token_basis import LabelCache, TokenBasis
+
+        # Only files of this run's own store, by their form: an earlier run may have found the same names elsewhere.
+        for pattern in ("*@*.safetensors", "*@*.json", "*.axis.json"):
+            for old in self.store.glob(pattern):
+                old.unlink()
+        labels = None
+        if any(spec.words for spec in self.config.directions):
+            cache = LabelCache(self.config.labels, notice=lambda sentence: print(sentence, file=sys.stderr))
+            labels = cache.labels(TokenBasis.of(policy), policy.towers["lm"], policy.model_hash)
+        store = DirectionStore(self.store)
+        directions = tuple(_find(spec, policy, labels) for spec in self.config.directions)
+        axes = tuple(Axis(spec.name, spec.negative, spec.positive) for spec in self.config.axes)
+        for direction in directions:
+            store.save(direction)
+        for axis in axes:
+            store.save_axis(axis)
+        return directions, axes
+
+    def _start_policy(self, children: Children, directions: Sequence[Direction]) -> None:
+        parameters = {
+            "policy": self.config.policy,
+            "direction_store": str(self.store),
+            "directions": [direction.id for direction in directions],
+            "torch_threads": self.config.torch_threads,
+            "autostart": True,
+            "trace_path": str(self.trace_path),
+            # One inference after another is waited for; on a busy machine it may be late without being lost.
+            "observation_timeout_s": STEP_S,
+        }
+        children.start("policy", "ros_nodes.policy_node", parameters)
+
+    def _wait_until_acting(self, children: Children, client: SteeringClient, recorder: Recorder) -> None:
+        deadline = time.monotonic() + START_S
+        while not recorder.wait(lambda: len(recorder.actions) > 0, 1.0):
+            children.check()
+            if time.monotonic() > deadline:
+                raise SteerError(
+                    "no_action", f"no action was published within {START_S:g} s; see the logs in {self.out / 'logs'}"
+                )
+        client.connect(STEP_S)
+
+    # -- the episode --------------------------------------------------------------------------------------------------
+
+    def _run_episode(
+        self,
+        children: Children,
+        client: SteeringClient,
+        recorder: Recorder,
+        directions: Sequence[Direction],
+        axes: Sequence[Axis],
+        advance: Any,
+    ) -> list[SentCommand]:
+        pending = list(self.config.commands)
+        sent: list[SentCommand] = []
+        seen = 0
+        while seen < self.config.steps:
+            if not recorder.wait(lambda before=seen: len(recorder.actions) > before, STEP_S):  # type: ignore[misc]
+                children.check()
+                raise SteerError(
+                    "no_action", f"no action came for {STEP_S:g} s after {seen} steps; see {self.out / 'logs'}"
+                )
+            seen = len(recorder.actions)
+            advance(min(seen, self.config.steps))
+            while pending and pending[0].at <= seen:
+                sent.append(_send(client, pending.pop(0), seen, directions, axes))
+        last = recorder.actions[self.config.steps - 1].observation_ns
+        recorder.wait(lambda: max(recorder.observations, default=0) > last, STEP_S)
+        return sent
+
+    def _steps(self, recorder: Recorder) -> list[int]:
+        """Indices of the actions whose observation was recorded in full: the steps that the record shows."""
+        actions = recorder.actions[: self.config.steps]
+        steps = [i for i, action in enumerate(actions) if action.observation_ns in recorder.observations]
+        if len(steps) < 0.9 * len(actions):
+            raise SteerError(
+                "frames_lost",
+                f"{len(actions) - len(steps)} of {len(actions)} frames did not reach the recorder "
+                f"({dict(recorder.problems)}); run the demo on a less busy machine",
+            )
+        return steps
+
+    # -- after the episode --------------------------------------------------------------------------------------------
+
+    def _replay(
+        self,
+        policy: Any,
+        directions: Sequence[Direction],
+        axes: Sequence[Axis],
+        recorder: Recorder,
+        steps: Sequence[int],
+        advance: Any,
+    ) -> tuple[list[int], BeforeAfter]:
+        from sim.before_after import before_after
+
+        chosen = _spread(len(steps), self.config.observations)
+        observations = [recorder.observations[recorder.actions[steps[i]].observation_ns] for i in chosen]
+        return chosen, before_after(policy, directions, axes, observations, _conditions(self.config), advance)
+
+    def _record(
+        self,
+        policy: Any,
+        directions: Sequence[Direction],
+        recorder: Recorder,
+        steps: Sequence[int],
+        sent: Sequence[SentCommand],
+        replay: tuple[list[int], BeforeAfter],
+    ) -> EpisodeRecord:
+        import numpy as np
+
+        from sim.episode import EpisodeFacts, EpisodeRecord
+        from sim.outcomes import outcomes
+
+        chosen, table = replay
+        # The last action may be under way when the nodes are ended; what comes after the episode is not part of it.
+        inferences = {action.inference for action in recorder.actions[: self.config.steps]}
+        trace = tuple(r for r in _read_trace(self.trace_path) if r["inference_id"] in inferences)
+        shown = [recorder.actions[i] for i in steps]
+        observations = [recorder.observations[action.observation_ns] for action in shown]
+        facts = EpisodeFacts(
+            policy=policy.name,
+            trained=policy.trained,
+            model_hash=policy.model_hash,
+            suite=self.config.suite,
+            task_id=self.config.task_id,
+            init_state_index=self.config.init_state_index,
+            instruction=observations[0].instruction,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            success=recorder.success,
+            hold_steps=recorder.hold_steps,
+            missing_frames=self.config.steps - len(steps),
+            versions=_versions(self.gl),
+            directions=tuple(_steered_by(direction) for direction in directions),
+            commands=outcomes(sent, recorder.actions[: self.config.steps], sorted(recorder.observations), trace),
+            trace=trace,
+            conditions=table.conditions,
+            timings=dict(self.stages.seconds),
+        )
+        return EpisodeRecord(
+            facts=facts,
+            agentview=np.stack([o.images["agentview"] for o in observations]),
+            wrist=np.stack([o.images["wrist"] for o in observations]),
+            state=np.stack([o.state for o in observations]),
+            action=np.stack([recorder.rows[i] for i in steps]),
+            inference=np.array([action.inference for action in shown], np.int64),
+            sequence=np.array([action.sequence for action in shown], np.int64),
+            age_s=np.array([recorder.ages_s[i] for i in steps], np.float64),
+            before_after_step=np.array(chosen, np.int64),
+            actions=table.actions,
+            tokens=table.tokens,
+            bins=table.bins,
+            bin_values=table.bin_values,
+        )
+
+
+def _find(spec: DirectionSpec, policy: Any, labels: Any) -> Direction:
+    from steer_runtime.directions import finders
+    from steer_runtime.directions.token_basis import TokenBasis, TowerIdentity
+
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    facts = {"policy": policy.name, "policy_trained": bool(policy.trained)}
+    recipe = finders.Recipe(name=spec.name, date=today, facts=facts)
+    if spec.words:
+        return finders.from_words(labels, recipe, spec.words, against=spec.against)
+    embedding = policy.model.language_model.get_input_embeddings().weight
+    identity = TowerIdentity.of(policy.towers["lm"], policy.model_hash)
+    return finders.dense_from_words(
+        identity, recipe, TokenBasis.of(policy), spec.dense, spec.minus, embedding=embedding
+    )
+
+
+def _send(
+    client: SteeringClient, spec: CommandSpec, step: int, directions: Sequence[Direction], axes: Sequence[Axis]
+) -> SentCommand:
+    from sim.outcomes import SentCommand
+
+    if spec.set_ is not None:
+        command = client.publish(spec.set_, spec.strength, ramp_s=spec.ramp_s)
+    else:
+        command = client.clear(spec.clear, ramp_s=spec.ramp_s)
+    verdict = client.wait_verdict(command, STEP_S)
+    arrived_ns = time.time_ns()
+    return SentCommand(
+        label=spec.label,
+        command=command,
+        expected=spec.expect,
+        writes_of=_concerned(spec, directions, axes),
+        step=step,
+        verdict=verdict,
+        verdict_ns=arrived_ns,
+    )
+
+
+def _concerned(spec: CommandSpec, directions: Sequence[Direction], axes: Sequence[Axis]) -> tuple[Direction, ...]:
+    """Directions whose writes a command starts or ends; none stands for all of them."""
+    target = spec.set_ or spec.clear
+    names = {target}
+    for axis in axes:
+        if axis.name == target and spec.set_ is not None:
+            names = {axis.negative if spec.strength < 0 else axis.positive}
+        elif axis.name == target:
+            names = {axis.negative, axis.positive}
+    return tuple(direction for direction in directions if direction.name in names)
+
+
+def _conditions(config: DemoConfig) -> dict[str, dict[str, float]]:
+    """Each commanded strength alone: the label of a replayed condition -> target -> strength."""
+    commands = [c for c in config.commands if c.set_ is not None and c.expect == "applied" and c.strength]
+    return {f"{c.set_} {c.strength:+g}": {str(c.set_): c.strength} for c in commands}
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices over range(count), evenly, without repeats."""
+    wanted = min(wanted, count)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def _read_trace(path: Path) -> list[Mapping[str, Any]]:
+    if not path.is_file():
+        raise SteerError("no_trace", f"the policy node wrote no trace to {path}; see its log")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _steered_by(direction: Direction) -> Any:
+    from sim.episode import SteeredBy
+
+    found = direction.provenance
+    words = [*found.get("words", ()), *found.get("positive", ())]
+    return SteeredBy(
+        name=direction.name,
+        id=direction.id,
+        form="dense" if direction.neurons is None else "neurons",
+        op=direction.op,
+        span=tuple(sorted(direction.span)),
+        sites=len(direction.dense or {}) if direction.neurons is None else len(direction.neurons),
+        words=(*words, *(f"not {word}" for word in found.get("negative", ()))),
+    )
+
+
+def _versions(gl: str) -> dict[str, str]:
+    from sim.libero_robot import versions
+
+    packages = ("steer-runtime", "torch", "transformers", "ros-rclpy")
+    found = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
+    return {**found, **versions(), "gl_backend": gl, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

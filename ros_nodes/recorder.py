@@ -1,0 +1,188 @@
+"""Everything a robot shows and a policy answers on their topics, kept in memory.
+
+Invariant: an observation and the action it led to are joined by the observation's stamp, never by order of arrival.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import rclpy
+from geometry_msgs.msg import PoseStamped
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
+from steer_msgs.msg import ActionChunk as ActionChunkMsg
+from steer_msgs.msg import EpisodeStatus
+from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
+
+from ros_nodes.assembler import ObservationAssembler
+from ros_nodes.convert import RobotDescription, chunk_from_msg, description_from_msg, ns_from_time
+from ros_nodes.qos import DIAGNOSTICS, LATCHED
+from sim.outcomes import SeenAction
+from steer_runtime.errors import SteerError
+from steer_runtime.types import Observation
+
+DEEP = QoSProfile(
+    history=HistoryPolicy.KEEP_LAST,
+    depth=100,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.VOLATILE,
+)
+"""A controller wants the newest action only; a recorder wants every one."""
+DEEP_SENSOR = QoSProfile(
+    history=HistoryPolicy.KEEP_LAST,
+    depth=50,
+    reliability=ReliabilityPolicy.BEST_EFFORT,
+    durability=DurabilityPolicy.VOLATILE,
+)
+
+
+class Recorder:
+    """Records one robot session, on a thread and a ROS context of its own. Use it as a context manager.
+
+    observations: by stamp (ns). actions, rows: as received, in order; rows[i] is float32 [7], the first of the chunk.
+    """
+
+    def __init__(self, namespace: str = "/steer", *, domain_id: int | None = None) -> None:
+        self.observations: dict[int, Observation] = {}
+        self.actions: list[SeenAction] = []
+        self.rows: list[np.ndarray] = []
+        self.ages_s: list[float] = []
+        self.success = False
+        self.hold_steps = 0
+        self.refused: Counter[str] = Counter()
+        self._changed = threading.Condition()
+        self._description: RobotDescription | None = None
+        self._assembler: ObservationAssembler | None = None
+        self._instruction: str | None = None
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context, domain_id=domain_id, signal_handler_options=SignalHandlerOptions.NO)
+        self._node = rclpy.create_node(
+            "recorder", context=self._context, namespace=namespace, start_parameter_services=False
+        )
+        listen = self._node.create_subscription
+        listen(RobotDescriptionMsg, "robot_description", self._kept(self._on_description), LATCHED)
+        listen(String, "instruction", self._kept(self._on_instruction), LATCHED)
+        listen(JointState, "joint_states", self._kept(self._on_joints), DEEP_SENSOR)
+        listen(PoseStamped, "eef_pose", self._kept(self._on_pose), DEEP_SENSOR)
+        listen(ActionChunkMsg, "actions", self._kept(self._on_actions), DEEP)
+        listen(EpisodeStatus, "episode", self._kept(self._on_episode), DIAGNOSTICS)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self._node)
+        self._thread = threading.Thread(target=self._spin, name="recorder", daemon=True)
+        self._thread.start()
+
+    def wait(self, ready: Callable[[], bool], timeout: float) -> bool:
+        """Wait until `ready`, looked at after every message; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(ready, timeout)
+
+    def close(self) -> None:
+        """Leave the network. Safe to call twice."""
+        if not self._context.ok():
+            return
+        self._executor.shutdown()
+        self._thread.join()
+        self._node.destroy_node()
+        self._context.try_shutdown()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _spin(self) -> None:
+        try:
+            self._executor.spin()
+        except ExternalShutdownException:
+            return
+
+    def _kept(self, take: Callable[[Any], None]) -> Callable[[Any], None]:
+        """An exception in a callback would end the thread: refused messages are counted."""
+
+        @functools.wraps(take)
+        def run(message: Any) -> None:
+            with self._changed:
+                try:
+                    take(message)
+                except SteerError as error:
+                    self.refused[error.code] += 1
+                self._changed.notify_all()
+
+        return run
+
+    def _on_description(self, message: RobotDescriptionMsg) -> None:
+        description = description_from_msg(message)
+        if self._description is not None:
+            return
+        self._description = description
+        self._assembler = ObservationAssembler(description)
+        if self._instruction is not None:
+            self._assembler.instruction(self._instruction)
+        for camera in description.cameras:
+            on_image = functools.partial(self._on_image, camera.name)
+            topic = f"camera/{camera.name}/image"
+            self._node.create_subscription(Image, topic, self._kept(on_image), DEEP_SENSOR)
+
+    def _on_instruction(self, message: String) -> None:
+        self._instruction = message.data
+        if self._assembler is not None:
+            self._assembler.instruction(message.data)
+
+    def _on_image(self, camera: str, message: Image) -> None:
+        if self._assembler is not None:
+            self._keep(self._assembler.image(camera, message))
+
+    def _on_joints(self, message: JointState) -> None:
+        if self._assembler is not None:
+            self._keep(self._assembler.joints(message))
+
+    def _on_pose(self, message: PoseStamped) -> None:
+        if self._assembler is not None:
+            self._keep(self._assembler.pose(message))
+
+    def _keep(self, observation: Observation | None) -> None:
+        if observation is not None:
+            self.observations[observation.stamp_ns] = observation
+
+    def _on_actions(self, message: ActionChunkMsg) -> None:
+        if self._description is None:
+            return
+        chunk = chunk_from_msg(message, self._description.space)
+        self.rows.append(chunk.actions[0])
+        self.ages_s.append(chunk.age_s)
+        self.actions.append(
+            SeenAction(
+                received_ns=time.time_ns(),
+                latched_ns=ns_from_time(message.header.stamp) - round(chunk.age_s * 1e9),
+                inference=chunk.inference_id,
+                epoch=chunk.steering.epoch,
+                sequence=chunk.steering.sequence,
+                observation_ns=chunk.observation_stamp_ns,
+            )
+        )
+
+    def _on_episode(self, message: EpisodeStatus) -> None:
+        self.success = self.success or message.success
+        self.hold_steps = message.hold_steps
+
+    @property
+    def problems(self) -> Mapping[str, int]:
+        """Refused messages by code, and frames that never became complete."""
+        found = Counter({code: count for code, count in self.refused.items() if code != "repeated_frame"})
+        if self._assembler is not None and self._assembler.incomplete_frames:
+            found["incomplete_frames"] = self._assembler.incomplete_frames
+        return found

@@ -1,0 +1,76 @@
+"""Actions of one policy on recorded observations, without and with steering.
+
+Invariant: every condition sees the same observations through the same engine; the first condition is steering off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from steer_runtime.directions.direction import Axis, Direction
+from steer_runtime.steering.offline import OfflineSteering
+from steer_runtime.types import Observation, Policy
+
+
+class TokenPolicy(Policy, Protocol):
+    """A policy whose actions are tokens of one vocabulary."""
+
+    def logits(self, observation: Observation) -> torch.Tensor: ...
+    def action_token_values(self) -> Mapping[int, float]: ...
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """C conditions on O observations; see EpisodeRecord for the arrays. tokens: the most probable action token."""
+
+    conditions: tuple[str, ...]
+    actions: np.ndarray
+    tokens: np.ndarray
+    bins: np.ndarray
+    bin_values: np.ndarray
+
+
+def before_after(
+    policy: TokenPolicy,
+    directions: Sequence[Direction],
+    axes: Sequence[Axis],
+    observations: Sequence[Observation],
+    conditions: Mapping[str, Mapping[str, float]],
+    progress: Callable[[int], None] = lambda done: None,
+) -> BeforeAfter:
+    """Run every condition (name -> target -> strength) and, before them, "off".
+
+    progress hears how many inferences are done of 2 (C + 1) O. Raises SteerError for a refused strength.
+    """
+    values = policy.action_token_values()
+    ids = sorted(values, key=lambda i: (values[i], -i))
+    all_conditions: dict[str, Mapping[str, float]] = {"off": {}, **conditions}
+    shape = (len(all_conditions), len(observations), policy.action_space.dims)
+    actions = np.zeros(shape, np.float32)
+    tokens = np.zeros(shape, np.int64)
+    bins = np.zeros((*shape, len(ids)), np.float32)
+    done = 0
+    with OfflineSteering(policy, directions, axes) as steering:
+        for c, strengths in enumerate(all_conditions.values()):
+            steering.set(strengths)
+            for o, observation in enumerate(observations):
+                chunk, _ = steering.run(lambda seen=observation: policy.infer(seen))  # type: ignore[misc]
+                logits, _ = steering.run(lambda seen=observation: policy.logits(seen))  # type: ignore[misc]
+                action_logits = logits.float()[:, ids]
+                actions[c, o] = chunk.actions[0]
+                tokens[c, o] = np.asarray(ids)[action_logits.argmax(dim=-1).cpu().numpy()]
+                bins[c, o] = torch.softmax(action_logits, dim=-1).cpu().numpy()
+                done += 2
+                progress(done)
+    return BeforeAfter(
+        conditions=tuple(all_conditions),
+        actions=actions,
+        tokens=tokens,
+        bins=bins,
+        bin_values=np.array([values[i] for i in ids], np.float32),
+    )
