@@ -67,7 +67,8 @@ def load_policy(
 ) -> OpenVLAPolicy:
     """Policy of a YAML file, or of a bare name in `configs/policies/` ("pocket" is enough for "pocket-untrained").
 
-    dtype and checkpoint override the file's. `progress` hears one line when a pocket checkpoint has to be built.
+    dtype and checkpoint override the file's. `progress` hears one line when a pocket
+    checkpoint has to be built or the load left tensors aside (default: stderr).
     Raises SteerError: unknown_policy, bad_policy_config, and all of `load_checkpoint`.
     """
     path = _resolve(config)
@@ -82,7 +83,7 @@ def load_policy(
         except SteerError as error:
             if error.code != "exists":  # another process finished the same checkpoint first
                 raise
-    return OpenVLAPolicy.from_checkpoint(
+    policy = OpenVLAPolicy.from_checkpoint(
         directory,
         spec.suite,
         name=spec.name,
@@ -90,6 +91,9 @@ def load_policy(
         dtype=dtype or (getattr(torch, spec.dtype) if spec.dtype else None),
         device=device,
     )
+    if policy.report is not None and policy.report.noteworthy:
+        progress(f"{policy.name}: {policy.report.noteworthy}")
+    return policy
 
 
 def read_policy_file(path: Path) -> OpenVLAFile:

@@ -35,7 +35,10 @@ def smollm2() -> Any:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, smollm2: Any) -> Path:
-    return build_pocket(tmp_path_factory.mktemp("pocket") / "pocket", layers=LAYERS, vision_hidden=64, vision_blocks=2)
+    out = tmp_path_factory.mktemp("pocket") / "pocket"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket, "load_smollm2", lambda _: smollm2)  # the same objects: reading the GGUF takes 20 s
+        return build_pocket(out, layers=LAYERS, vision_hidden=64, vision_blocks=2)
 
 
 @pytest.fixture(scope="module")

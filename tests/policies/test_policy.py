@@ -10,6 +10,7 @@ import fabricate
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy, prompt_text
@@ -178,6 +179,31 @@ def test_infinite_activations_are_refused(policy: OpenVLAPolicy, observation: Fa
     with pytest.raises(SteerError, match="not finite") as refused:
         policy.infer(observation(policy))
     assert refused.value.code == "not_finite"
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(policy: OpenVLAPolicy) -> None:
+    with pytest.raises(SteerError, match="420 tokens and the model 384 rows") as refused:
+        OpenVLAPolicy(policy.model, fabricate.tiny_tokenizer(usable_vocab=420), policy.statistics)
+    assert refused.value.code == "no_tokenizer"
+
+
+def test_sizes_that_do_not_fit_together_are_all_named() -> None:
+    with pytest.raises(SteerError, match=r"image_size 30.*usable_vocab 999.*2048 positions") as refused:
+        fabricate.tiny_config(image_size=30, usable_vocab=999, max_prompt_tokens=2048)
+    assert refused.value.code == "bad_model_config"
+
+
+@torch.inference_mode()
+def test_forwards_compile_without_a_graph_break(policy: OpenVLAPolicy, observation: Factory) -> None:
+    model, seen = policy.model, observation(policy)
+    pixels, prompt = policy.pixels(seen), torch.tensor([policy.prompt_ids(seen.instruction)])
+    vision, step = (torch.compile(f, fullgraph=True, backend="eager") for f in (model.vision, model.step))
+    assert torch.equal(vision(pixels), model.vision(pixels))
+    caches = [DynamicCache(config=model.llama_config) for _ in range(2)]
+    embeddings = model.embed(pixels, prompt)
+    for token in (70, 200, 319):
+        assert torch.equal(step(embeddings, caches[0]), model.step(embeddings, caches[1]))
+        embeddings = model.language_model.model.embed_tokens(torch.tensor([[token]]))
 
 
 def test_no_gradients_are_kept(policy: OpenVLAPolicy, observation: Factory) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import fabricate
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from steer_runtime.errors import SteerError
 from steer_runtime.policies import load_policy, policy_configs
@@ -30,6 +31,24 @@ def test_a_file_loads_the_checkpoint_beside_it(tmp_path: Path) -> None:
     fabricate.save_tiny(tmp_path / "weights")
     policy = load_policy(_write(tmp_path / "mine.yaml"), dtype=torch.bfloat16)
     assert (policy.name, policy.unembedding.dtype, policy.trained) == ("mine", torch.bfloat16, False)
+
+
+def test_what_the_load_left_aside_is_said(tmp_path: Path) -> None:
+    file = fabricate.save_tiny(tmp_path / "weights") / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["vision_backbone.featurizer.norm.bias"]
+    save_file(tensors, str(file))
+    said: list[str] = []
+    load_policy(_write(tmp_path / "mine.yaml"), progress=said.append)
+    assert len(said) == 1
+    assert "vision_backbone.featurizer.norm.bias" in said[0]
+
+
+def test_a_checkpoint_that_exists_is_loaded_in_silence(tmp_path: Path) -> None:
+    fabricate.save_tiny(tmp_path / "weights")
+    said: list[str] = []
+    load_policy(_write(tmp_path / "mine.yaml", build="{layers: [0]}"), progress=said.append)
+    assert said == []
 
 
 def test_a_missing_checkpoint_is_refused_with_its_path() -> None:

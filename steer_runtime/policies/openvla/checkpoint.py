@@ -43,6 +43,16 @@ class LoadReport:
     not_persistent: tuple[str, ...]
     absent: tuple[str, ...]
 
+    @property
+    def noteworthy(self) -> str:
+        """What an operator may want to know, in one phrase; empty for a file of exactly the published layout."""
+        parts = []
+        if self.not_persistent:
+            parts.append(f"the file carries derived entries that were not read: {_listing(self.not_persistent)}")
+        if self.absent:
+            parts.append(f"the file lacks tensors that no action needs: {_listing(self.absent)}")
+        return "; ".join(parts)
+
 
 def load_checkpoint(
     directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

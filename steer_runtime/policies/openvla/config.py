@@ -90,6 +90,10 @@ class OpenVLAConfig:
             problems.append(
                 f"lm d_model {self.lm.d_model}, heads {self.lm.heads} and kv_heads {self.lm.kv_heads} do not divide"
             )
+        if self.max_tokens + 6 > self.lm.max_positions:
+            problems.append(
+                f"{self.max_tokens} prefill tokens and 6 more exceed the lm's {self.lm.max_positions} positions"
+            )
         if self.lm.layers < 1:
             problems.append("lm has no layers")
         if problems:

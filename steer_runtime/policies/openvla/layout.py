@@ -13,10 +13,10 @@ from steer_runtime.policies.openvla.config import OpenVLAConfig, ViTConfig
 
 @dataclass(frozen=True)
 class Target:
-    """Rows [start, stop) of the flattened-to-parameter published tensor go to `parameter`, from its row `offset` of dim.
+    """Where one cut of a published tensor goes.
 
-    The published tensor is cut along dim 0 into [start, stop) (all of it when stop is None), reshaped to the shape of
-    the addressed part, and written at `parameter` along `dim` from `offset` on.
+    The tensor's rows [start, stop) (to the end when stop is None) are reshaped to, and fill, the part of `parameter`
+    that begins at `offset` along `dim`.
     """
 
     parameter: str

@@ -47,6 +47,12 @@ class OpenVLAPolicy:
         camera: str = "agentview",
         report: LoadReport | None = None,
     ) -> None:
+        if len(tokenizer) > model.config.lm.vocab_rows:
+            raise SteerError(
+                "no_tokenizer",
+                f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.lm.vocab_rows} rows: expected the "
+                "tokenizer.json of this checkpoint",
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.statistics = statistics
