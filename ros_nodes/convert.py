@@ -86,22 +86,27 @@ def command_to_msg(command: SteeringCommand) -> SteeringCommandMsg:
 
     Raises SteerError('bad_field') for a number beyond the message's integers, such as a priority of 200.
     """
-    try:
-        return SteeringCommandMsg(
-            header=Header(stamp=time_from_ns(command.stamp_ns)),
-            source=command.source,
-            epoch=command.epoch,
-            sequence=command.sequence,
-            op=_OP_NUMBERS[command.op],
-            target=command.target,
-            strength=float(command.strength),
-            ramp_s=-1.0 if command.ramp_s is None else float(command.ramp_s),
-            hold_s=0.0 if command.hold_s is None else float(command.hold_s),
-            priority=command.priority,
-            span=0 if command.span is None else span_bits(command.span),
-        )
-    except AssertionError as error:  # the message's own range checks
-        raise SteerError("bad_field", f"the command does not fit its message: {error}; correct that field") from error
+    # Messages wrap integers that do not fit, without a word.
+    for label, value, low, high in (
+        ("epoch", command.epoch, 0, 2**64 - 1),
+        ("sequence", command.sequence, 0, 2**64 - 1),
+        ("priority", command.priority, -128, 127),
+    ):
+        if not low <= value <= high:
+            raise SteerError("bad_field", f"{label} of the command is {value}: expected {low} to {high}; correct it")
+    return SteeringCommandMsg(
+        header=Header(stamp=time_from_ns(command.stamp_ns)),
+        source=command.source,
+        epoch=command.epoch,
+        sequence=command.sequence,
+        op=_OP_NUMBERS[command.op],
+        target=command.target,
+        strength=float(command.strength),
+        ramp_s=-1.0 if command.ramp_s is None else float(command.ramp_s),
+        hold_s=0.0 if command.hold_s is None else float(command.hold_s),
+        priority=command.priority,
+        span=0 if command.span is None else span_bits(command.span),
+    )
 
 
 def command_from_msg(message: SteeringCommandMsg) -> SteeringCommand:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ros_nodes.parameters import declare, parameter
 from ros_nodes.process import serve
@@ -42,10 +42,10 @@ def _make() -> LiberoRobotNode:
     return LiberoRobotNode()
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None) -> NoReturn:
     """Entry point of the process."""
-    return serve(_make, args)
+    serve(_make, args)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -14,7 +14,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import PoseStamped
@@ -206,12 +206,11 @@ class PolicyNode(LifecycleNode):
         self._entered("finalized")
         return TransitionCallbackReturn.FAILURE
 
-    def close(self) -> bool:
-        """Stop within a second. False when the running inference did not end."""
-        ended = self._stop(1.0)
+    def close(self) -> None:
+        """Stop within a second, and say so; a running inference that takes longer is left behind without hooks."""
+        self._stop(1.0)
         self._lifecycle = "finalized"
         self._publish_state()
-        return ended
 
     def _load(self, wanted: PolicyParameters) -> _Loaded:
         if not wanted.policy:
@@ -637,10 +636,10 @@ class PolicyNode(LifecycleNode):
         return DiagnosticStatus.OK, f"running{untrained}"
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None) -> NoReturn:
     """Entry point of the process."""
-    return serve(PolicyNode, args)
+    serve(PolicyNode, args)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -147,12 +147,11 @@ class RobotNode(Node):
         free = self._settings.mode == "free"
         self.create_timer(1.0 / self._settings.rate_hz if free else WAIT_TICK_S, self._tick)
 
-    def close(self) -> bool:
-        """End the robot. Always True: no thread is left behind."""
+    def close(self) -> None:
+        """End the robot."""
         if self._robot is not None:
             self._robot.close()
             self._robot = None
-        return True
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
