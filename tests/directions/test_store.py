@@ -321,6 +321,10 @@ def card_with_a_key_twice(tensors: Path, card: Path) -> None:
     card.write_text(card.read_text().rstrip().removesuffix("}") + ', "name": "up"}')
 
 
+def card_with_an_overflowing_number(tensors: Path, card: Path) -> None:
+    card.write_text(card.read_text().replace('"max_strength": 1.0', '"max_strength": 1e999'))
+
+
 HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     f.__name__: (f, code)
     for f, code in (
@@ -362,8 +366,8 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "card_claiming_proof": (changed_card(proven=True), "hash_mismatch"),
     "card_with_an_unknown_role": (changed_card(span=["everything"]), "bad_span"),
     "card_with_a_huge_limit": (changed_card(max_strength=1e300), "bad_max_strength"),
-    "card_with_nan": (card_text(b'{"max_strength": NaN}'), "bad_card"),
-    "card_with_an_overflowing_number": (card_text(b'{"max_strength": 1e999}'), "bad_card"),
+    "card_with_nan": (changed_card(provenance={"x": float("nan")}), "bad_card"),
+    "card_with_an_overflowing_number": (card_with_an_overflowing_number, "bad_card"),
     "card_with_a_number_of_a_million_digits": (card_text(b'{"layers": ' + b"9" * 1_000_000 + b"}"), "bad_card"),
     "card_nested_forty_deep": (changed_card(provenance=json.loads('{"a":' * 40 + "1" + "}" * 40)), "bad_card"),
     "card_nested_past_the_stack": (card_text(b"[" * 500_000), "bad_card"),
@@ -395,6 +399,28 @@ def test_a_listing_names_a_hostile_file_and_still_shows_the_good_one(tmp_path: P
     problems = {entry.id: entry.problem for entry in store.list()}
     assert problems[good.id] is None
     assert problems[tensors.stem]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "phrase"),
+    [
+        (torn, "is torn"),
+        (giant_header, "claims a header of 1152921504606846976 bytes"),
+        (a_pickle, "is a Python pickle"),
+        (a_zip_with_a_pickle, "is a zip archive"),
+        (a_link_out_of_the_store, "is a symbolic link"),
+        (a_pipe, "is not a regular file"),
+        (no_card, "has no card"),
+        (float64_values, "is F64: expected F32"),
+        (larger_than_any_direction, f"is larger than {MAX_TENSOR_BYTES} bytes"),
+        (other_alpha, "were changed after it was made"),
+    ],
+)
+def test_each_refusal_says_what_is_wrong(tmp_path: Path, spoil: Callable[[Path, Path], None], phrase: str) -> None:
+    store = DirectionStore(tmp_path / "store")
+    tensors = store.save(neuron_direction())
+    spoil(tensors, tensors.with_suffix(".json"))
+    assert phrase in refused(lambda: store.load("up")).sentence
 
 
 def test_a_file_under_the_name_of_another_content_is_refused(tmp_path: Path) -> None:
