@@ -215,7 +215,9 @@ class _Run:
             children.check()
             if time.monotonic() > deadline:
                 raise SteerError(
-                    "no_action", f"no action was published within {START_S:g} s; see the logs in {self.out / 'logs'}"
+                    "no_action",
+                    f"no action was published within {START_S:g} s ({len(recorder.observations)} frames were recorded, "
+                    f"refused: {dict(recorder.problems)}); see the logs in {self.out / 'logs'}",
                 )
         client.connect(STEP_S)
 

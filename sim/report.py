@@ -25,6 +25,10 @@ from sim.episode import ACTION_NAMES, CommandOutcome, EpisodeRecord
 
 BIN_DIMS = (0, 1, 2, 6)
 """Action dimensions whose bin probabilities are drawn: the three translations and the gripper."""
+BIN_GROUP = 4
+"""Neighbouring bins summed for drawing: 64 columns instead of 256, each wide enough to see."""
+OFF_COLOR = "#7b8794"
+KINDS = {"neurons": "layer", "dense": "residual site"}
 _FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"}
 
 
@@ -185,48 +189,68 @@ def timeline(record: EpisodeRecord) -> go.Figure:
 
 
 def action_figure(record: EpisodeRecord) -> go.Figure:
-    """Un-normalised actions on the same observations, one panel a dimension, one box a condition."""
+    """Un-normalised actions on the same observations: a panel a dimension, a column a condition, bars for means."""
     figure = make_subplots(rows=1, cols=7, subplot_titles=ACTION_NAMES, horizontal_spacing=0.035)
+    colors = condition_colors(record)
+    spread = np.linspace(-0.28, 0.28, record.actions.shape[1]) if record.actions.shape[1] > 1 else np.zeros(1)
     for index, name in enumerate(record.facts.conditions):
         for dim in range(7):
-            figure.add_box(
-                y=record.actions[index, :, dim], name=name, legendgroup=name, showlegend=dim == 0, boxpoints="all",
-                jitter=0.5, pointpos=0, marker={"color": _condition_color(index), "size": 4, "opacity": 0.7},
-                line={"width": 1.2}, row=1, col=dim + 1,
-            )  # fmt: skip
-    figure.update_xaxes(showticklabels=False)
+            values = record.actions[index, :, dim]
+            dots = {"color": colors[index], "size": 5, "opacity": 0.75}
+            bar = {"symbol": "line-ew", "size": 17, "line": {"width": 3, "color": colors[index]}}
+            shared = {"name": name, "legendgroup": name, "mode": "markers"}
+            figure.add_scatter(
+                x=index + spread, y=values, marker=dots, showlegend=dim == 0, row=1, col=dim + 1, **shared
+            )
+            figure.add_scatter(x=[index], y=[values.mean()], marker=bar, showlegend=False, row=1, col=dim + 1, **shared)
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
     figure.update_yaxes(tickfont={"size": 10})
-    figure.update_layout(height=340, legend={"orientation": "h", "y": -0.06, "x": 0})
+    figure.update_layout(height=320, legend={"orientation": "h", "y": -0.06, "x": 0})
     return _styled(figure)
 
 
 def bin_figure(record: EpisodeRecord) -> go.Figure:
-    """Mean probability of each action bin over the observations; the grey area is steering off."""
+    """Mean probability of the action bins, in groups of BIN_GROUP: a row a condition, a column a dimension.
+
+    The grey area, the same in every row, is steering off.
+    """
+    conditions, colors = record.facts.conditions, condition_colors(record)
+    rows = max(1, len(conditions) - 1)
     figure = make_subplots(
-        rows=2,
-        cols=2,
-        subplot_titles=[ACTION_NAMES[d] for d in BIN_DIMS],
-        vertical_spacing=0.16,
-        horizontal_spacing=0.07,
-    )
-    means = record.bins.mean(axis=1)
-    for place, dim in enumerate(BIN_DIMS):
-        row, col = place // 2 + 1, place % 2 + 1
-        for index, name in enumerate(record.facts.conditions):
-            off = index == 0
-            figure.add_scatter(
-                x=record.bin_values, y=means[index, dim], name=name, legendgroup=name, showlegend=place == 0,
-                mode="lines", fill="tozeroy" if off else None, fillcolor="rgba(123,135,148,0.28)",
-                line={"width": 1.0 if off else 1.6, "color": _condition_color(index)}, row=row, col=col,
-            )  # fmt: skip
-    figure.update_xaxes(title_text="bin (normalised action)", row=2)
-    figure.update_yaxes(rangemode="tozero", tickfont={"size": 10})
-    figure.update_layout(height=560, legend={"orientation": "h", "y": -0.14, "x": 0})
+        rows=rows, cols=len(BIN_DIMS), shared_xaxes=True, vertical_spacing=0.05, horizontal_spacing=0.04,
+        column_titles=[ACTION_NAMES[d] for d in BIN_DIMS],
+    )  # fmt: skip
+    starts = np.arange(0, len(record.bin_values), BIN_GROUP)
+    means = np.add.reduceat(record.bins.mean(axis=1), starts, axis=-1)
+    centres = np.array([record.bin_values[s : s + BIN_GROUP].mean() for s in starts])
+    for row in range(1, rows + 1):
+        for col, dim in enumerate(BIN_DIMS, start=1):
+            for index in dict.fromkeys((0, min(row, len(conditions) - 1))):
+                figure.add_scatter(
+                    x=centres, y=means[index, dim], name=conditions[index], legendgroup=conditions[index],
+                    showlegend=col == 1 and (row == 1 or index > 0), mode="lines", fill="tozeroy",
+                    fillcolor=_faded(colors[index], 0.4 if index == 0 else 0.15),
+                    line={"width": 1.6 if index else 0.8, "color": colors[index], "shape": "hvh"}, row=row, col=col,
+                )  # fmt: skip
+    figure.update_xaxes(title_text="bin (normalised action)", row=rows)
+    figure.update_yaxes(rangemode="tozero", tickfont={"size": 10}, nticks=4)
+    figure.update_layout(height=130 * rows + 110, legend={"orientation": "h", "y": -60 / (130 * rows), "x": 0})
     return _styled(figure)
 
 
-def _condition_color(index: int) -> str:
-    return "#7b8794" if index == 0 else video.color_of(index - 1)
+def condition_colors(record: EpisodeRecord) -> list[str]:
+    """A colour a condition: grey for off, and that of the direction which the condition's target commands."""
+    index_of = {direction.id: i for i, direction in enumerate(record.facts.directions)}
+    direction_of = {f"{c.target} {c.strength:+g}": c.direction_id for c in record.facts.commands if c.op == "set"}
+    return [
+        OFF_COLOR if i == 0 else video.color_of(index_of.get(direction_of.get(name, ""), len(index_of) + i))
+        for i, name in enumerate(record.facts.conditions)
+    ]
+
+
+def _faded(color: str, alpha: float) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
 
 
 def _styled(figure: go.Figure) -> go.Figure:
@@ -243,7 +267,7 @@ def _div(figure: go.Figure, name: str) -> str:
 def _trace_row(trace: Any) -> dict[str, Any]:
     """One line of the trace table."""
     sites = [
-        f"{s['tower']} {'layer' if s['kind'] == 'neurons' else 'site'} {s['layer']}"
+        f"{s['tower']} {KINDS[s['kind']]} {s['layer']}"
         + (f": {', '.join(map(str, s['neurons']))}" if s["neurons"] else ": dense")
         for s in trace.get("sites", ())
     ]
@@ -252,9 +276,9 @@ def _trace_row(trace: Any) -> dict[str, Any]:
         "inference": trace["inference_id"],
         "sequence": trace["steering"]["sequence"],
         "strengths": [f"{name.split('@')[0]} {value:.2f}" for name, value in trace.get("strengths", {}).items()],
-        "summary": ", ".join(f"{n} {kind} site{'s' * (n > 1)}" for kind, n in kinds.items()) or "none",
+        "summary": ", ".join(f"{n} {KINDS[kind]}{'s' * (n > 1)}" for kind, n in kinds.items()) or "none",
         "sites": sites,
-        "tokens": ", ".join(f"{role} {count}" for role, count in trace.get("tokens", {}).items()),
+        "tokens": ", ".join(f"{role} {count}" for role, count in trace.get("tokens", {}).items() if count),
         "writes": sum(s["writes"] for s in trace.get("sites", ())),
         "firings": f"{trace['firings']} / {trace['expected_firings']}",
     }

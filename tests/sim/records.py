@@ -64,7 +64,7 @@ def small_record(steps: int = 6, size: int = 32, seed: int = 0) -> EpisodeRecord
         directions=(SteeredBy("fast", FAST, "neurons", "override", ("text", "action"), 2, ("fast", "quick")),),
         commands=(command("fast 0.8", 1), refusal),
         trace=tuple(trace(i + 1, int(s), 0.8 * bool(s)) for i, s in enumerate(sequence)),
-        conditions=("off", "fast 0.8"),
+        conditions=("off", "fast +0.8"),
         timings={"episode": 12.5},
     )
     logits = rng.normal(size=(2, 3, 7, 256))

@@ -78,6 +78,16 @@ def test_differences_are_against_the_first_condition() -> None:
     assert (row.changed, row.variation) == (0.0, 0.0)
 
 
+def test_condition_has_the_colour_of_its_direction() -> None:
+    assert report.condition_colors(small_record()) == [report.OFF_COLOR, video.color_of(0)]
+
+
+def test_grouped_bins_still_sum_to_one() -> None:
+    figure = report.bin_figure(small_record())
+    assert len(figure.data) == 2 * len(report.BIN_DIMS)
+    assert all(abs(sum(trace.y) - 1.0) < 1e-4 for trace in figure.data)
+
+
 def test_latencies_count_from_publishing() -> None:
     first, refused = report.latencies(small_record().facts.commands)
     assert (first.verdict, first.latched, first.action, first.executed) == (2.0, 40.0, 240.0, 400.0)

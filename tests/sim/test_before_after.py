@@ -1,0 +1,54 @@
+"""Replays: the same observations without and with steering, through the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from sim.before_after import before_after
+from steer_runtime.directions.direction import Direction, Neurons
+from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+from steer_runtime.types import Observation
+
+
+def strong(policy: OpenVLAPolicy) -> Direction:
+    """Half the neurons of layer 0, far from where they are."""
+    tower = policy.towers["lm"]
+    index = np.arange(tower.d_ff // 2, dtype=np.int32)
+    held = Neurons(np.zeros_like(index), index, np.full(len(index), 25.0, np.float32))
+    return Direction("push", "lm", policy.model_hash, tower.layers, tower.d_model, tower.d_ff, neurons=held)
+
+
+def test_off_is_the_policy_itself_and_steering_changes_it(
+    tiny_policy: OpenVLAPolicy, observation: Callable[..., Observation]
+) -> None:
+    seen = [observation(tiny_policy, seed=s) for s in range(2)]
+    heard: list[int] = []
+    table = before_after(tiny_policy, [strong(tiny_policy)], (), seen, {"push +1": {"push": 1.0}}, heard.append)
+    assert table.conditions == ("off", "push +1")
+    plain = np.stack([tiny_policy.infer(o).actions[0] for o in seen])
+    assert np.array_equal(table.actions[0], plain)
+    assert not np.array_equal(table.bins[0], table.bins[1])
+    assert np.allclose(table.bins.sum(-1), 1.0, atol=1e-5)
+    assert set(table.tokens.ravel()) <= set(tiny_policy.action_token_values())
+    assert (np.diff(table.bin_values) >= 0).all()
+    assert heard == [2, 4, 6, 8]
+
+
+def test_tokens_are_the_ones_the_actions_were_made_from(
+    tiny_policy: OpenVLAPolicy, observation: Callable[..., Observation]
+) -> None:
+    table = before_after(tiny_policy, (), (), [observation(tiny_policy)], {})
+    normalised = tiny_policy.statistics.unnormalise(tiny_policy.actions.decode(table.tokens[0, 0]))
+    assert np.allclose(normalised[:6], table.actions[0, 0, :6], atol=1e-6)
+
+
+def test_refused_strength_is_not_replayed_as_something_else(
+    tiny_policy: OpenVLAPolicy, observation: Callable[..., Observation]
+) -> None:
+    seen = [observation(tiny_policy)]
+    with pytest.raises(SteerError, match="clamped"):
+        before_after(tiny_policy, [strong(tiny_policy)], (), seen, {"push +3": {"push": 3.0}})

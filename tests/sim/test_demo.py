@@ -1,0 +1,126 @@
+"""The demo: its file, its processes, and (heavy) the whole of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ros_nodes.children import Children
+from ros_nodes.demo_config import default_config, read_config
+from steer_runtime.errors import SteerError
+
+
+def test_shipped_file_is_valid_and_covers_every_kind_of_command() -> None:
+    config = read_config(default_config())
+    assert config.policy == "pocket-untrained"
+    assert {c.expect for c in config.commands} == {"applied", "refused"}
+    assert any(c.clear_all for c in config.commands)
+    assert any(c.clear for c in config.commands)
+    assert any(c.ramp_s for c in config.commands)
+    axes = {axis.name for axis in config.axes}
+    assert any(c.set_ in axes and c.strength < 0 for c in config.commands)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("policy: p\nsurprise: 1\ndirections: []\ncommands: []", "surprise"),
+        ("policy: p\ndirections: []\ncommands: [{at: 3, set: up, clear: up}]", "exactly one of set, clear, clear_all"),
+        ("policy: p\nsteps: 20\ndirections: []\ncommands: [{at: 19, set: up}]", "before the end"),
+        ("policy: p\ndirections: [{name: up}]\ncommands: []", "either words or dense"),
+        ("policy: [", "not readable YAML"),
+    ],
+)
+def test_unusable_file_is_refused_with_a_sentence(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "demo.yaml"
+    path.write_text(text)
+    with pytest.raises(SteerError, match=said):
+        read_config(path)
+
+
+def test_options_are_checked_like_the_file() -> None:
+    with pytest.raises(SteerError, match="before the end"):
+        read_config(default_config()).changed({"steps": 10})
+
+
+def _sleeper(folder: Path) -> None:
+    (folder / "sleeper.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+
+
+def _gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_children_end_with_the_block(tmp_path: Path) -> None:
+    _sleeper(tmp_path)
+    with Children(tmp_path / "logs", {"PYTHONPATH": str(tmp_path)}) as children:
+        children.start("one", "sleeper", {})
+        pid = children._running["one"].pid
+        children.check()
+    assert _gone(pid)
+
+
+def test_child_that_ends_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise SystemExit('the arm is missing')\n")
+    with Children(tmp_path / "logs", {"PYTHONPATH": str(tmp_path)}) as children:
+        children.start("robot", "broken", {})
+        children._running["robot"].wait(20)
+        with pytest.raises(SteerError, match="the robot process ended with code 1"):
+            children.check()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_children_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    _sleeper(tmp_path)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom ros_nodes.children import Children\n"
+        "folder = Path(sys.argv[1])\n"
+        "children = Children(folder / 'logs', {'PYTHONPATH': str(folder)})\nchildren.start('one', 'sleeper', {})\n"
+        "print(children._running['one'].pid, flush=True)\ntime.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    log = tmp_path / "logs" / "one.log"
+    while log.stat().st_size == 0:  # the child runs Python by then, so the death signal is set
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert _gone(pid)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_demo_applies_every_command_and_draws_the_report(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    code = "import typer\nfrom ros_nodes.demo import demo\ntyper.run(demo)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        timeout=850,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+    from sim import episode
+
+    record = episode.load(out / "episode")
+    assert record.faults == ()
+    assert record.steps >= 63
+    assert {c.code for c in record.facts.commands if not c.accepted} == {"unknown_direction"}
+    assert "pocket-untrained" in (out / "report.html").read_text()[:4000]
