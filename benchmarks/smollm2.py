@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from steer_runtime.policies.pocket import smollm2_gguf
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from steer_runtime.directions.direction import Direction, Neurons
+from steer_runtime.policies.pocket import find_gguf, load_smollm2
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, Observation, Role, TokenRoles, Tower
 
 PREFILL = 280
@@ -27,9 +26,7 @@ class LanguageModel:
     model_hash = "benchmark"
 
     def __init__(self) -> None:
-        gguf = smollm2_gguf()
-        self.lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
-        self.lm.requires_grad_(False)
+        self.lm, _ = load_smollm2(find_gguf())
         self.entry = nn.Identity()
         decoder = self.lm.model
         self.model = decoder
@@ -61,7 +58,7 @@ class LanguageModel:
         if self._listener is not None:
             self._listener.set_roles("lm", roles)
 
-    def forward(self, embeddings: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, cache: Cache | None = None) -> Tensor:
         """Last hidden states [1, T, d_model]."""
         output = self.model(inputs_embeds=self.entry(embeddings), past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state
@@ -105,4 +102,19 @@ def overrides(tower: Tower, layers: Sequence[int], per_layer: int, name: str, al
             neurons.astype(np.int32),
             np.full(len(neurons), alpha, np.float32),
         ),
+    )
+
+
+def dense(tower: Tower, sites: Sequence[int], name: str) -> Direction:
+    """A random vector a residual site, of the size of a token embedding."""
+    rng = np.random.default_rng(1)
+    return Direction(
+        name=name,
+        tower="lm",
+        model_hash="benchmark",
+        layers=tower.layers,
+        d_model=tower.d_model,
+        d_ff=tower.d_ff,
+        op="add",
+        dense={site: rng.normal(0, 0.1, tower.d_model).astype(np.float32) for site in sites},
     )
