@@ -57,6 +57,9 @@ RIVAL_SILENCE_S = 1.5
 TICK_S = 0.05
 """Period of the watchdog; also the shortest time between two states."""
 
+ANSWER_AGAIN_S = 0.5
+"""The same answer is not published again sooner."""
+
 
 @dataclass(frozen=True)
 class PolicyParameters:
@@ -132,10 +135,11 @@ class PolicyNode(LifecycleNode):
         self._untold: dict[str, Verdict] = {}
         self._sequences: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._lifecycle = "unconfigured"
-        self._gave_up = False
+        self._autostart_over = False
         self._last_event: LoopEvent | None = None
         self._last_seen_s = self._last_good_s = self._state_sent_s = 0.0
         self._answered_frame = self._submitted_frame = 0
+        self._last_sent: tuple[float, ActionChunkMsg] | None = None
         self._shown: object = None
 
         self._state_pub = self.create_publisher(SteeringStateMsg, "state", LATCHED)
@@ -262,7 +266,7 @@ class PolicyNode(LifecycleNode):
         self._assembler = ObservationAssembler(description, freeze_timeout_s=self._settings.freeze_timeout_s)
         self._last_seen_s = self._last_good_s = time.monotonic()
         self._submitted_frame = self._answered_frame = 0
-        self._last_event = None
+        self._last_event = self._last_sent = None
         loaded.loop.start()
         for camera in description.cameras:
             on_image = functools.partial(self._on_image, camera.name)
@@ -440,12 +444,22 @@ class PolicyNode(LifecycleNode):
                 self._recover_clock()
             if error.code == "repeated_frame":
                 self.complaints.count(error.code)
+                self._answer_again()
                 return
             raise
         if observation is not None:
             self._last_seen_s = self._last_good_s = time.monotonic()
             self._submitted_frame = observation.frame_id
             self._loaded.loop.submit(observation)
+
+    def _answer_again(self) -> None:
+        """A robot that repeats its newest frame has not heard the answer, which came before it could listen."""
+        sent = self._last_sent
+        if sent is None or self._submitted_frame != sent[1].frame_id or time.monotonic() - sent[0] < ANSWER_AGAIN_S:
+            return
+        self._last_sent = (time.monotonic(), sent[1])
+        self.complaints.count("answered_again")
+        self._action_pub.publish(sent[1])
 
     def _recover_clock(self) -> None:
         """A clock that stays set back is the robot's new time; what was steered under the old one ends."""
@@ -469,15 +483,15 @@ class PolicyNode(LifecycleNode):
         if not description.lockstep and self._silent_s() > self._settings.observation_timeout_s:
             self.complaints.count("withheld_chunks")
             return
-        self._action_pub.publish(
-            chunk_to_msg(
-                chunk,
-                instance_id=self.instance_id,
-                session_id=description.session_id,
-                stamp_ns=time.time_ns(),
-                trained=loaded.policy.trained,
-            )
+        message = chunk_to_msg(
+            chunk,
+            instance_id=self.instance_id,
+            session_id=description.session_id,
+            stamp_ns=time.time_ns(),
+            trained=loaded.policy.trained,
         )
+        self._action_pub.publish(message)
+        self._last_sent = (time.monotonic(), message)
         self._answered_frame = chunk.frame_id
         self._last_seen_s = max(self._last_seen_s, time.monotonic() if description.lockstep else 0.0)
 
@@ -513,7 +527,7 @@ class PolicyNode(LifecycleNode):
         if self._lifecycle == "active":
             self._watch_robot()
             self._watch_rivals()
-        if self._settings.autostart and not self._gave_up:
+        if self._settings.autostart and not self._autostart_over:
             self._autostart()
         now = time.monotonic()
         if self._fingerprint() != self._shown or now - self._state_sent_s >= 1.0 / self._settings.state_rate_hz:
@@ -529,20 +543,23 @@ class PolicyNode(LifecycleNode):
     def _watch_rivals(self) -> None:
         elder = self._elder()
         if elder is not None:
-            self._gave_up = True
+            self._autostart_over = True
             self.complaints.count("yielded_to_elder")
             self.get_logger().error(f"policy node {elder.instance_id[:8]} is older: this one deactivates itself")
             self.trigger_deactivate()
 
     def _autostart(self) -> None:
+        """Configure once, activate once; after that a deactivated node stays so until somebody activates it."""
         if self._lifecycle == "unconfigured":
             if self.trigger_configure() != TransitionCallbackReturn.SUCCESS:
-                self._gave_up, self.exit_code = True, 1
+                self._autostart_over, self.exit_code = True, 1
         elif self._lifecycle == "inactive" and self._description is not None and not self._description_refused:
             if self._elder() is not None:
-                self._gave_up = True
+                self._autostart_over = True
             if self.trigger_activate() != TransitionCallbackReturn.SUCCESS:
                 self._description_refused = self._description.session_id
+            else:
+                self._autostart_over = True
 
     @guarded
     def _on_other_state(self, message: SteeringStateMsg) -> None:

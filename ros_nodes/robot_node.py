@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped
+from rclpy.duration import Duration
 from rclpy.node import Node
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Header, String
@@ -148,7 +149,8 @@ class RobotNode(Node):
         self.create_timer(1.0 / self._settings.rate_hz if free else WAIT_TICK_S, self._tick)
 
     def close(self) -> None:
-        """End the robot."""
+        """End the robot, once whoever listens has heard how its episode ended."""
+        self._episode_pub.wait_for_all_acked(Duration(seconds=0.5))
         if self._robot is not None:
             self._robot.close()
             self._robot = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import rclpy
+from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import PoseStamped
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
@@ -261,6 +262,11 @@ class PolicyDriver(Listener):
         """What the robot says of itself."""
         self.wait(lambda: self.descriptions and self.actions.get_subscription_count(), what="the robot")
         return description_from_msg(self.descriptions[-1][1])
+
+    def moved_on(self, stamp: Time, timeout: float) -> bool:
+        """Whether a frame of another stamp becomes the newest within `timeout` seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self.frames[-1][1].header.stamp != stamp, timeout)
 
     def status(self) -> EpisodeStatus:
         """The newest episode status."""

@@ -238,8 +238,6 @@ def test_deactivated_policy_has_no_hooks_and_its_old_weights(
         assert node.trigger_activate() == SUCCESS
         client.wait_state(lambda s: s.lifecycle == "active")
         driver.wait_matched()
-    node._settings = replace(node._settings, autostart=False)
-    node._gave_up = True
     assert node.trigger_deactivate() == SUCCESS
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     gone = weakref.ref(model)

@@ -1,0 +1,102 @@
+"""From a steering command to the first action that carries it.
+
+`python -m benchmarks.command_latency` starts a policy node in a process of its own, keeps camera frames coming, sends
+commands at random moments, and measures the time from publishing each to the arrival of the first chunk whose steering
+sequence is at or past its verdict's. A command can wait for the inference that runs already and then takes one of its
+own; what is left after the longest of these is overhead of transport and latching. Prints a table and one JSON line;
+exit code 1 when the 99th percentile of (latency - one inference) is over one inference + 5 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+OVERHEAD_S = 0.005
+"""Allowed beyond the inference that a command may have to wait for."""
+
+
+def main() -> int:
+    """Run the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commands", type=int, default=200)
+    wanted = parser.parse_args()
+    os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    from benchmarks.ros_setup import running_node
+
+    with running_node() as (client, driver):
+        inference_s, latency_s = _measure(client, driver, wanted.commands)
+    return _tell(inference_s, latency_s)
+
+
+def _measure(client: Any, driver: Any, commands: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inference times of the run and the latency of each command, both in seconds."""
+    done = threading.Event()
+
+    def keep_frames_coming() -> None:
+        # The next frame leaves when the answer to the last one is here, so the node is never idle and never behind.
+        while not done.is_set():
+            driver.answer(driver.send(), 1.0)
+
+    camera = threading.Thread(target=keep_frames_coming)
+    camera.start()
+    latencies = []
+    start = len(driver.chunks)
+    try:
+        for index in range(commands):
+            time.sleep(random.Random(index).uniform(0.0, 0.05))  # commands come at any phase of an inference
+            sent_s = time.monotonic()
+            sent = client.publish("slow", 0.5 if index % 2 else 0.0, ramp_s=0.0)
+            wanted = client.wait_verdict(sent, timeout=5.0).steering.sequence
+            arrived_s = driver.wait(
+                lambda at=sent_s, n=wanted: next(
+                    (t for t, c in list(driver.chunks) if t >= at and c.steering_sequence >= n), None
+                )
+            )
+            latencies.append(arrived_s - sent_s)
+    finally:
+        done.set()
+        camera.join()
+    return np.array([chunk.age_s for _, chunk in driver.chunks[start:]]), np.array(latencies)
+
+
+def _tell(inference_s: np.ndarray, latency_s: np.ndarray) -> int:
+    one = float(np.median(inference_s))
+    slowest = float(np.percentile(inference_s, 99))
+    over = latency_s - one
+    table = Table("", "median (ms)", "p99 (ms)", "worst (ms)", title=f"{len(latency_s)} commands")
+    for name, values in (
+        ("one inference", inference_s),
+        ("command to action", latency_s),
+        ("minus one inference", over),
+    ):
+        cells = [f"{v * 1e3:.1f}" for v in (np.median(values), np.percentile(values, 99), values.max())]
+        table.add_row(name, *cells)
+    Console().print(table)
+    p99 = float(np.percentile(over, 99))
+    facts = {
+        "benchmark": "command_latency",
+        "commands": len(latency_s),
+        "inference_median_s": one,
+        "inference_p99_s": slowest,
+        "latency_median_s": float(np.median(latency_s)),
+        "latency_p99_s": float(np.percentile(latency_s, 99)),
+        "beyond_one_inference_p99_s": p99,
+        "allowed_s": slowest + OVERHEAD_S,
+    }
+    print(json.dumps(facts))
+    return 0 if p99 <= slowest + OVERHEAD_S else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""Verbs of `steer` against a running node."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from driver import SensorDriver
+from typer.testing import CliRunner
+
+from ros_nodes.cli import register
+from ros_nodes.client import SteeringClient
+from steer_runtime.errors import SteerError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    made = typer.Typer()
+    register(made)
+    return made
+
+
+@pytest.fixture
+def steer(app: typer.Typer, client: SteeringClient) -> object:
+    def run(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, list(words))
+        if isinstance(result.exception, SteerError):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run
+
+
+def test_list_names_directions_axes_and_the_untrained_policy(steer) -> None:
+    code, output = steer("list")
+    assert code == 0
+    for word in ("slow@", "gentle", "0.5", "speed", "untrained policy"):
+        assert word in output
+    told = json.loads(steer("list", "--json")[1])
+    assert {d["name"] for d in told["directions"]} == {"slow", "fast", "gentle"}
+    assert told["trained"] is False
+
+
+def test_pub_waits_for_the_verdict(steer, client: SteeringClient) -> None:
+    code, output = steer("pub", "slow", "0.5", "--ramp", "0.1", "--hold", "30", "--priority", "1", "--span", "text")
+    assert code == 0
+    assert "accepted" in output
+    assert "untrained policy" in output
+    state = client.wait_state(lambda s: len(s.active) == 1)
+    assert (state.active[0].priority, state.active[0].span) == (1, frozenset(["text"]))
+    assert steer("clear", "slow", "--priority", "1")[0] == 0
+
+
+def test_axis_takes_a_negative_number(steer, client: SteeringClient) -> None:
+    assert steer("pub", "speed", "-0.5")[0] == 0
+    client.wait_state(lambda s: any(a.commanded == -0.5 for a in s.active))
+
+
+def test_refused_command_exits_with_1_and_says_why(steer) -> None:
+    code, output = steer("pub", "slwo", "0.5")
+    assert code == 1
+    assert "refused" in output
+    assert "'slow'" in output
+
+
+def test_state_shows_what_is_active_and_counted(steer, client: SteeringClient) -> None:
+    client.wait_verdict(client.publish("slow", 0.5))
+    client.wait_state(lambda s: len(s.active) == 1)
+    code, output = steer("state")
+    assert code == 0
+    for word in ("slow@", "untrained policy", "inferences", "active, loop"):
+        assert word in output
+    told = json.loads(steer("state", "--json")[1])
+    assert told["active"][0]["target"] == "slow"
+
+
+def test_clear_all_clears(steer, client: SteeringClient) -> None:
+    client.wait_verdict(client.publish("slow", 0.5))
+    assert steer("clear", "--all")[0] == 0
+    client.wait_state(lambda s: s.active == ())
+
+
+def test_clear_wants_a_name_or_all(steer) -> None:
+    with pytest.raises(SteerError, match="--all"):
+        steer("clear")
+
+
+def test_missing_node_is_one_sentence_and_exit_code_3(app: typer.Typer, driver: SensorDriver) -> None:
+    result = CliRunner().invoke(app, ["state", "--namespace", "/nobody", "--timeout", "0.5"])
+    assert result.exit_code == 3
+    assert "no policy node answered" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_importing_the_verbs_imports_no_ros() -> None:
+    code = "import sys, ros_nodes.cli; assert not any(m.split('.')[0] in ('rclpy', 'steer_msgs') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("verb", ["list", "pub", "state", "clear"])
+def test_help_shows_an_example(app: typer.Typer, verb: str) -> None:
+    assert f"steer {verb}" in CliRunner().invoke(app, [verb, "--help"], terminal_width=200).output

@@ -1,0 +1,148 @@
+"""The robot's side: nothing moves but by a checked row of the one policy that holds the lease."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from driver import NodeProcess, PolicyDriver, PolicyProcess
+
+from ros_nodes.client import SteeringClient
+from ros_nodes.convert import ns_from_time
+
+FORWARD = np.array([[1, 0, 0, 0, 0, 0, 1]], np.float32)
+
+
+def robot(domain: int, **parameters: Any) -> NodeProcess:
+    return NodeProcess([str(Path(__file__).parent / "point_robot.py")], parameters, domain)
+
+
+def x(driver: PolicyDriver) -> float:
+    return float(driver.frames[-1][1].pose.position.x)
+
+
+def step_to(driver: PolicyDriver, action: np.ndarray, **chunk: Any) -> float:
+    """Act on the newest frame and return x of the frame after it."""
+    before = driver.frames[-1][1].header.stamp
+    driver.act(action, **chunk)
+    assert driver.moved_on(before, 20.0), "the next frame did not come"
+    return x(driver)
+
+
+@pytest.fixture(scope="module")
+def lockstep(other_domain: int) -> Iterator[PolicyDriver]:
+    """A lockstep robot that gives a policy 1.5 s to answer and 1 s to come back."""
+    parameters = {"mode": "lockstep", "action_timeout_s": 1.5, "owner_timeout_s": 1.0}
+    with PolicyDriver(other_domain) as driver, robot(other_domain, **parameters):
+        yield driver
+
+
+@pytest.fixture
+def policy_side(lockstep: PolicyDriver) -> PolicyDriver:
+    """The lockstep robot with a fresh frame in an episode that has steps left, owned by instance "a"."""
+    lockstep.description()
+    lockstep.wait(lambda: lockstep.frames, what="a frame")
+    # Another instance may hold the lease, and an episode may be near its end: act until neither is so.
+    while True:
+        before = lockstep.frames[-1][1].header.stamp
+        lockstep.act(0 * FORWARD)
+        moved = lockstep.moved_on(before, 2.5)
+        if moved and lockstep.status().step < 30:
+            return lockstep
+
+
+def test_robot_describes_itself_and_its_pictures_match(policy_side: PolicyDriver) -> None:
+    told = policy_side.description()
+    assert (told.robot, told.lockstep) == ("point", True)
+    assert [(c.name, c.width, c.height) for c in told.cameras] == [("agentview", 64, 64), ("wrist", 64, 64)]
+    assert policy_side.images[-1][1].header.stamp == policy_side.frames[-1][1].header.stamp
+
+
+def test_each_answer_moves_it_exactly_one_step(policy_side: PolicyDriver) -> None:
+    start, step = x(policy_side), policy_side.status().step
+    assert step_to(policy_side, FORWARD) == pytest.approx(start + 0.05)
+    assert step_to(policy_side, FORWARD) == pytest.approx(start + 0.10)
+    policy_side.wait(lambda: policy_side.status().step == step + 2)
+
+
+def refused_as(driver: PolicyDriver, code: str, action: np.ndarray, **chunk: Any) -> None:
+    """The chunk is counted under `code` and the robot has not moved by it."""
+    start, before = x(driver), driver.counters().get(code, 0)
+    driver.act(action, **chunk)
+    # The status comes with the next step: the hold at the latest.
+    driver.wait(lambda: driver.counters().get(code, 0) > before, 5.0, code)
+    assert x(driver) == pytest.approx(start)
+
+
+@pytest.mark.parametrize(
+    ("code", "action", "chunk"),
+    [
+        ("not_finite", FORWARD * math.nan, {}),
+        ("bad_shape", np.ones((1, 6), np.float32), {}),
+        ("bad_rate", FORWARD, {"rate_hz": 50.0}),
+        ("other_session", FORWARD, {"session_id": "elsewhere"}),
+        ("late_chunk", FORWARD, {"stamp_ns": 1_000_000_000}),
+        ("second_policy", FORWARD, {"instance": "b"}),
+    ],
+)
+def test_chunk_that_must_not_move_it_is_refused_and_counted(
+    policy_side: PolicyDriver, code: str, action: np.ndarray, chunk: dict[str, Any]
+) -> None:
+    refused_as(policy_side, code, action, **chunk)
+
+
+def test_without_an_answer_it_holds_with_its_gripper_and_goes_on_later(policy_side: PolicyDriver) -> None:
+    start = step_to(policy_side, FORWARD)
+    policy_side.wait(lambda: policy_side.status().step > 0)
+    held = policy_side.status().hold_steps
+    policy_side.wait(lambda: policy_side.status().hold_steps > held, 5.0, "a hold")
+    assert x(policy_side) == pytest.approx(start)
+    assert step_to(policy_side, FORWARD) == pytest.approx(start + 0.05)
+
+
+def test_other_policy_may_take_over_once_the_first_is_silent(policy_side: PolicyDriver) -> None:
+    start = step_to(policy_side, FORWARD, instance="a")
+    policy_side.wait(lambda: time.monotonic() - policy_side.frames[-1][0] > 1.1, 5.0, "the end of the lease")
+    assert step_to(policy_side, FORWARD, instance="b") == pytest.approx(start + 0.05)
+
+
+@pytest.fixture
+def free_domain(other_domain: int) -> int:
+    """Where the lockstep robot of this module is not heard."""
+    return other_domain + 1
+
+
+def test_free_running_robot_executes_rows_on_the_clock_then_holds(free_domain: int) -> None:
+    with PolicyDriver(free_domain) as driver, robot(free_domain, mode="free", rate_hz=10.0):
+        driver.description()
+        driver.wait(lambda: driver.status().hold_steps >= 3, what="holds before any policy")
+        assert x(driver) == 0.0
+        assert not driver.description().lockstep
+        held = driver.status().hold_steps
+        driver.act(np.repeat(FORWARD, 4, axis=0))
+        driver.wait(lambda: x(driver) == pytest.approx(0.2), what="four steps")
+        driver.wait(lambda: driver.status().hold_steps >= held + 3, what="holds after the chunk")
+        assert x(driver) == pytest.approx(0.2)
+        refused_as(driver, "stale_chunk", FORWARD, stamp_ns=time.time_ns() - 5_000_000_000)
+
+
+def test_policy_node_runs_a_lockstep_episode_one_inference_a_step(
+    policy_yaml: Path, direction_store: Path, free_domain: int
+) -> None:
+    with (
+        PolicyDriver(free_domain) as watcher,
+        SteeringClient(domain_id=free_domain) as client,
+        PolicyProcess(policy_yaml, direction_store, domain=free_domain),
+        robot(free_domain, mode="lockstep", episodes=1) as body,
+    ):
+        assert body.process.wait(90.0) == 0, body.log()
+        assert "after 40 steps; 0 were held" in body.log()
+        assert watcher.status().done
+        state = client.wait_state(lambda s: s.counters.get("inferences", 0) >= 40)
+        assert state.counters["inferences"] == 40
+        assert len({ns_from_time(m.header.stamp) for _, m in watcher.frames}) == 40
