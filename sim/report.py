@@ -72,6 +72,7 @@ def render(record: EpisodeRecord, path: Path) -> Path:
         steps=record.steps,
         faults=record.faults,
         video=base64.b64encode(video.encode(record)).decode(),
+        poster=base64.b64encode(video.poster(record)).decode(),
         plotly=get_plotlyjs(),
         timeline=_div(timeline(record), "timeline"),
         actions=_div(action_figure(record), "actions") if record.facts.conditions else "",

@@ -5,6 +5,8 @@ Invariant: one video frame a control step, H.264 with even sides, so that browse
 
 from __future__ import annotations
 
+import io
+import itertools
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -70,6 +72,16 @@ def encode(record: EpisodeRecord, fps: int = 10) -> bytes:
         if writer is not None:
             writer.close()
         return path.read_bytes() if path.exists() else b""
+
+
+def poster(record: EpisodeRecord) -> bytes:
+    """JPEG of the frame with the most steering: what a page shows before the video is played."""
+    total = sum(record.strengths.values(), np.zeros(record.steps))
+    best = int(np.argmax(total)) if record.steps else 0
+    frame = next(itertools.islice(frames(record), best, None))
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def _caption(draw: ImageDraw.ImageDraw, record: EpisodeRecord, step: int) -> None:
