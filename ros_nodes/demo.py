@@ -149,9 +149,10 @@ class _Run:
             children.stop("policy")
             children.stop("robot")
         steps = self._steps(recorder)
-        count = 2 * self.config.observations * (1 + len(_conditions(self.config)))
+        conditions = _conditions(sent)
+        count = 2 * min(self.config.observations, len(steps)) * (1 + len(conditions))
         with self.stages.stage("replaying without and with steering", count) as advance:
-            replay = self._replay(policy, directions, axes, recorder, steps, advance)
+            replay = self._replay(policy, directions, axes, recorder, steps, conditions, advance)
         with self.stages.stage("drawing the report"):
             record = self._record(policy, directions, recorder, steps, sent, replay)
             episode.save(record, self.out / "episode")
@@ -270,13 +271,14 @@ class _Run:
         axes: Sequence[Axis],
         recorder: Recorder,
         steps: Sequence[int],
+        conditions: Mapping[str, Mapping[str, float]],
         advance: Any,
     ) -> tuple[list[int], BeforeAfter]:
         from sim.before_after import before_after
 
         chosen = _spread(len(steps), self.config.observations)
         observations = [recorder.observations[recorder.actions[steps[i]].observation_ns] for i in chosen]
-        return chosen, before_after(policy, directions, axes, observations, _conditions(self.config), advance)
+        return chosen, before_after(policy, directions, axes, observations, conditions, advance)
 
     def _record(
         self,
@@ -384,10 +386,11 @@ def _concerned(spec: CommandSpec, directions: Sequence[Direction], axes: Sequenc
     return tuple(direction for direction in directions if direction.name in names)
 
 
-def _conditions(config: DemoConfig) -> dict[str, dict[str, float]]:
-    """Each commanded strength alone: the label of a replayed condition -> target -> strength."""
-    commands = [c for c in config.commands if c.set_ is not None and c.expect == "applied" and c.strength]
-    return {f"{c.set_} {c.strength:+g}": {str(c.set_): c.strength} for c in commands}
+def _conditions(sent: Sequence[SentCommand]) -> dict[str, dict[str, float]]:
+    """Each strength that was accepted, alone: the label of a replayed condition -> target -> strength."""
+    taken = [(one.command.target, one.verdict) for one in sent if one.command.op == "set" and one.verdict.accepted]
+    strengths = [(target, verdict.applied_strength) for target, verdict in taken if verdict.applied_strength]
+    return {f"{target} {strength:+g}": {target: strength} for target, strength in strengths}
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -242,7 +242,9 @@ def bin_figure(record: EpisodeRecord) -> go.Figure:
 def condition_colors(record: EpisodeRecord) -> list[str]:
     """A colour a condition: grey for off, and that of the direction which the condition's target commands."""
     index_of = {direction.id: i for i, direction in enumerate(record.facts.directions)}
-    direction_of = {f"{c.target} {c.strength:+g}": c.direction_id for c in record.facts.commands if c.op == "set"}
+    direction_of = {
+        f"{c.target} {c.applied_strength:+g}": c.direction_id for c in record.facts.commands if c.op == "set"
+    }
     return [
         OFF_COLOR if i == 0 else video.color_of(index_of.get(direction_of.get(name, ""), len(index_of) + i))
         for i, name in enumerate(record.facts.conditions)

@@ -124,3 +124,21 @@ def test_demo_applies_every_command_and_draws_the_report(tmp_path: Path) -> None
     assert record.steps >= 63
     assert {c.code for c in record.facts.commands if not c.accepted} == {"unknown_direction"}
     assert "pocket-untrained" in (out / "report.html").read_text()[:4000]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_demo_fails_when_a_command_does_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "demo.yaml"
+    config.write_text(
+        "policy: pocket-untrained\nsteps: 10\nobservations: 1\n"
+        "directions:\n  - {name: hurry, dense: [quick, speed], minus: [slow, slower]}\n"
+        "commands:\n  - {at: 2, set: nowhere, strength: 0.5}\n  - {at: 4, set: hurry, strength: 0.0}\n"
+    )
+    code = "import typer\nfrom ros_nodes.demo import demo\ntyper.run(demo)"
+    options = ["--config", str(config), "--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=850)
+    assert result.returncode == 1
+    assert "nowhere +0.5: it was refused (unknown_direction)" in result.stderr
+    assert "hurry +0: the engine's trace shows no write for it" in result.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
