@@ -1,10 +1,15 @@
 """From a steering command to the first action that carries it.
 
-`python -m benchmarks.command_latency` starts a policy node in a process of its own, keeps camera frames coming, sends
-commands at random moments, and measures the time from publishing each to the arrival of the first chunk whose steering
-sequence is at or past its verdict's. A command can wait for the inference that runs already and then takes one of its
-own; what is left after the longest of these is overhead of transport and latching. Prints a table and one JSON line;
-exit code 1 when the 99th percentile of (latency - one inference) is over one inference + 5 ms.
+`python -m benchmarks.command_latency` starts a policy node in a process of its own, keeps one camera frame waiting
+beside the one being inferred, sends commands at random moments, and measures the time from publishing each to the
+arrival of the first chunk whose steering sequence is at or past its verdict's. The node is never idle, so the time
+between two chunks is one inference. A command waits for the inference that runs already (up to one) and then takes one
+of its own; the rest is transport and latching. Prints a table and one JSON line.
+
+The bound is: 99th percentile of (latency - median inference) <= one inference + 5 ms. On a busy machine "one inference"
+decides it, so both readings are printed, with the median and with the 99th percentile of the same run; the exit code
+follows the second. How many chunks arrived until one carried the command does not depend on the machine's load: 1 or 2
+is immediate, 3 means that the command missed a latch.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -35,22 +41,25 @@ def main() -> int:
     from benchmarks.ros_setup import running_node
 
     with running_node() as (client, driver):
-        inference_s, latency_s = _measure(client, driver, wanted.commands)
-    return _tell(inference_s, latency_s)
+        inference_s, latency_s, chunks = _measure(client, driver, wanted.commands)
+    return _tell(inference_s, latency_s, chunks)
 
 
-def _measure(client: Any, driver: Any, commands: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inference times of the run and the latency of each command, both in seconds."""
+def _measure(client: Any, driver: Any, commands: int) -> tuple[np.ndarray, np.ndarray, Counter[int]]:
+    """Inference times of the run and latency of each command (s), and how many chunks it took -> how often."""
     done = threading.Event()
 
     def keep_frames_coming() -> None:
-        # The next frame leaves when the answer to the last one is here, so the node is never idle and never behind.
+        # A frame that overtakes the waiting one replaces it, so every chunk is answered by a frame, whichever it was of.
+        driver.send()
         while not done.is_set():
-            driver.answer(driver.send(), 1.0)
+            seen = len(driver.chunks)
+            driver.send()
+            driver.wait(lambda n=seen: len(driver.chunks) > n or done.is_set(), what="a chunk")
 
     camera = threading.Thread(target=keep_frames_coming)
     camera.start()
-    latencies = []
+    latencies, chunks = [], []
     start = len(driver.chunks)
     try:
         for index in range(commands):
@@ -64,13 +73,14 @@ def _measure(client: Any, driver: Any, commands: int) -> tuple[np.ndarray, np.nd
                 )
             )
             latencies.append(arrived_s - sent_s)
+            chunks.append(sum(sent_s < t <= arrived_s for t, _ in list(driver.chunks)))
     finally:
         done.set()
         camera.join()
-    return np.array([chunk.age_s for _, chunk in driver.chunks[start:]]), np.array(latencies)
+    return np.diff([arrived for arrived, _ in driver.chunks[start:]]), np.array(latencies), Counter(chunks)
 
 
-def _tell(inference_s: np.ndarray, latency_s: np.ndarray) -> int:
+def _tell(inference_s: np.ndarray, latency_s: np.ndarray, chunks: Counter[int]) -> int:
     one = float(np.median(inference_s))
     slowest = float(np.percentile(inference_s, 99))
     over = latency_s - one
@@ -92,7 +102,10 @@ def _tell(inference_s: np.ndarray, latency_s: np.ndarray) -> int:
         "latency_median_s": float(np.median(latency_s)),
         "latency_p99_s": float(np.percentile(latency_s, 99)),
         "beyond_one_inference_p99_s": p99,
-        "allowed_s": slowest + OVERHEAD_S,
+        "allowed_with_median_inference_s": one + OVERHEAD_S,
+        "allowed_with_p99_inference_s": slowest + OVERHEAD_S,
+        "chunks_until_carried": {str(n): chunks[n] for n in sorted(chunks)},
+        "load_average": os.getloadavg()[0],
     }
     print(json.dumps(facts))
     return 0 if p99 <= slowest + OVERHEAD_S else 1
