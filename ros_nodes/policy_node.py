@@ -146,7 +146,7 @@ class PolicyNode(LifecycleNode):
         self._verdict_pub = self.create_publisher(SteeringVerdictMsg, "verdict", VERDICT)
         self._action_pub = self.create_publisher(ActionChunkMsg, "actions", ACTION)
         self._diagnostics_pub = self.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
-        self.create_subscription(SteeringCommandMsg, "command", self._on_command, COMMAND)
+        self._commands = self.create_subscription(SteeringCommandMsg, "command", self._on_command, COMMAND)
         self.create_subscription(String, "command_json", self._on_command_json, COMMAND)
         self.create_subscription(RobotDescriptionMsg, "robot_description", self._on_description, LATCHED)
         self.create_subscription(SteeringStateMsg, "state", self._on_other_state, LATCHED)
@@ -335,6 +335,16 @@ class PolicyNode(LifecycleNode):
 
     @guarded
     def _on_command(self, message: SteeringCommandMsg) -> None:
+        self._judge_typed(message)
+        # In a flood the executor's wait costs more than a command, so take what else has come with this one.
+        for _ in range(COMMAND.depth - 1):
+            with self._commands.handle:
+                taken = self._commands.handle.take_message(SteeringCommandMsg, False)
+            if taken is None:
+                return
+            self._judge_typed(taken[0])
+
+    def _judge_typed(self, message: SteeringCommandMsg) -> None:
         self._judge(lambda: command_from_msg(message), message.source, message.epoch, message.sequence)
 
     @guarded
