@@ -20,6 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ros_nodes.domain import free_domain
+
 LAST_STRENGTH = 0.125
 """Strength of the last command of a flood; no other command of it has this one."""
 
@@ -82,7 +84,7 @@ def main() -> int:
     if wanted.flood_only:
         flood(wanted.target, seconds=wanted.seconds, rate_hz=wanted.rate)
         return 0
-    os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
+    os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     return _compare(wanted)
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ros_nodes.demo_config import CommandSpec, DemoConfig, DirectionSpec, default_config, read_config
+from ros_nodes.domain import free_domain
 from steer_runtime.errors import SteerError
 
 if TYPE_CHECKING:  # ROS, torch and the simulator take seconds to import and are loaded when the demo runs
@@ -121,7 +122,7 @@ class _Run:
         self.store = self.out / "directions"
         self.trace_path = self.out / "trace.jsonl"
         # A domain of this process's own, so that two runs and other robots on this machine do not meet.
-        self.domain_id = 1 + os.getpid() % 100
+        self.domain_id = free_domain()
 
     def run(self) -> tuple[Path, tuple[str, ...]]:
         from ros_nodes.children import Children

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
+from ros_nodes.domain import free_domain
+
 # Before anything imports rclpy: other test processes on this machine must not hear us.
-os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 50)
+os.environ["ROS_DOMAIN_ID"] = str(free_domain())
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 
 from collections.abc import Iterator
@@ -14,8 +16,6 @@ from pathlib import Path
 import fabricate
 import pytest
 
-pytest.importorskip("rclpy", reason="needs the extra `ros` and ros_nodes/steer_msgs/build.sh")
-pytest.importorskip("steer_msgs", reason="run ros_nodes/steer_msgs/build.sh")
 
 from driver import PolicyProcess, SensorDriver
 from subjects_ros import make_direction, write_policy
@@ -88,4 +88,4 @@ def client(policy_process: PolicyProcess, driver: SensorDriver, shared_client: S
 @pytest.fixture(scope="session")
 def other_domain() -> int:
     """A network of its own, for tests that start and end nodes."""
-    return int(os.environ["ROS_DOMAIN_ID"]) + 50
+    return free_domain(besides=[int(os.environ["ROS_DOMAIN_ID"])])
