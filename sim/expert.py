@@ -105,14 +105,12 @@ def decide(snapshot: Snapshot, target: str, goal: Goal, style: Style) -> Decisio
     held = snapshot.squeezed(target)
     let_go = snapshot.gripper_command < 0
     over = bool((np.abs(centre[:2] - place.centre) <= place.reach).all())
-    if place.inside:
-        delivered = over and low < place.rim - 0.01
-    else:
-        delivered = over and goal.owner in snapshot.touching[target]
+    arrived = low < place.rim - 0.01 if place.inside else goal.owner in snapshot.touching[target]
+    delivered = over and arrived
     if over and not held and (let_go or delivered):
         if delivered and (snapshot.speed[target] < 0.3 or snapshot.opening > OPEN):
             return _retreat(snapshot, boxes, place, style)
-        if snapshot.speed[target] > 0.03 or snapshot.opening < OPEN and snapshot.airborne(target):
+        if snapshot.speed[target] > 0.03 or (snapshot.opening < OPEN and snapshot.airborne(target)):
             return _act(snapshot, "falling", snapshot.eef, None, -1.0, style, 0.0)
     if held and (not snapshot.touching[target] & {"ground"} or not let_go or over):
         return _deliver(snapshot, target, boxes, place, goal, style)
@@ -141,23 +139,20 @@ def _deliver(snapshot: Snapshot, target: str, boxes: Boxes, place: Place, goal: 
     carry = max(crossing, way + PASSING_MARGIN)
     if style.height is not None:
         carry = max(carry, _ground(snapshot, place, goal) + style.height)
-    if place.inside:
-        # The hand is wider than the basket: its lowest part, 3 cm above the grip site, stays above the rim.
-        rest = max(place.rim - 0.035 - below, place.ground + 0.015)
-    else:
-        rest = place.ground + 0.003
+    # The hand is wider than the basket: its lowest part, 3 cm above the grip site, stays above the rim.
+    rest = max(place.rim - 0.035 - below, place.ground + 0.015) if place.inside else place.ground + 0.003
     depth = float(np.clip((carry - low) / max(carry - rest, 1e-3), 0.0, 1.0))
     funnel = 0.012 + 0.012 * depth
     yaw = 0.0 if place.inside else hand_yaw(snapshot.rotation)
     near = style.near_speed if style.near_speed is not None and off < 0.10 else None
     if off < funnel or (off < funnel + 0.01 and low < place.rim):
-        landed = not place.inside and goal.owner in snapshot.touching[target]
+        landed = not place.inside and goal.owner in snapshot.touching[target] and low < rest + 0.03
         if low < rest + 0.008 or landed or (place.inside and low < place.rim - 0.02 and not snapshot.airborne(target)):
             return _act(snapshot, "release", eef, yaw, -1.0, style, 0.0)
         return _act(snapshot, "lower", np.array([*aim, rest + below]), yaw, 1.0, style, style.speed, near)
     if low < carry - 0.015:
         # Start across only in the last centimetres of the rise, so that nothing is swept away at a low height.
-        share = float(np.clip((low - (carry - 0.05)) / 0.03, 0.0, 1.0))
+        share = float(np.clip((low - (carry - 0.05)) / 0.03, 0.0, 1.0)) if snapshot.airborne(target) else 0.0
         goal_xy = eef[:2] + share * (aim - eef[:2])
         # The grip settles in the first centimetres: a jerk now would lose the object.
         gentle = style.speed if snapshot.airborne(target) else min(style.speed, 0.3)

@@ -68,7 +68,7 @@ class Snapshot:
     eef [3]: grip site between the fingers. rotation [3, 3]: of the hand. opening, opening_rate: distance between the
     fingers and its change. gripper_command: last command executed, -1 open, +1 close. boxes: of every object and
     fixture. speed: object -> of its body, linear. touching: object -> bodies in contact with it, by object name, and
-    "left_pad", "right_pad", "robot" and "ground". sites: region -> [3] centre.
+    "left_finger", "right_finger", "robot" and "ground". sites: region -> [3] centre.
     """
 
     eef: np.ndarray
@@ -82,12 +82,12 @@ class Snapshot:
     sites: Mapping[str, np.ndarray]
 
     def squeezed(self, name: str) -> bool:
-        """Both finger pads touch the object."""
-        return {"left_pad", "right_pad"} <= self.touching[name]
+        """Both fingers touch the object."""
+        return {"left_finger", "right_finger"} <= self.touching[name]
 
     def airborne(self, name: str) -> bool:
         """Nothing but the robot touches the object."""
-        return not self.touching[name] - {"left_pad", "right_pad", "robot"}
+        return not self.touching[name] - {"left_finger", "right_finger", "robot"}
 
 
 @dataclass(frozen=True)
@@ -333,8 +333,8 @@ class Scene:
         self._owner_of_geom = [owner_of_body[b] for b in model.geom_bodyid]
         gripper = self._env.robots[0].gripper.important_geoms
         for side in ("left", "right"):
-            for geom in gripper[f"{side}_fingerpad"]:
-                self._owner_of_geom[model.geom(geom).id] = f"{side}_pad"
+            for geom in gripper[f"{side}_finger"]:
+                self._owner_of_geom[model.geom(geom).id] = f"{side}_finger"
         solid = np.flatnonzero(model.geom_contype != 0)
         strange = {self._owner_of_geom[g] for g in solid if model.geom_type[g] != BOX} & set(self._bodies)
         if strange:
