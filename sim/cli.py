@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from sim import data_cli
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs; nothing heavy is imported until one runs."""
     app.command("report")(report)
+    app.add_typer(data_cli.app)
 
 
 def report(

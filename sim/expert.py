@@ -50,7 +50,7 @@ HOVER = 0.08
 class Style:
     """How the task is done.
 
-    speed: cap on the norm of the translation action, 1.0 moves 0.25 m/s. height: how far above the place's ground the
+    speed: cap on the norm of the translation action; 1.0 moves 0.25 m/s, and no axis goes beyond 1. height: how far above the place's ground the
     object's underside is carried, m; None carries it as low as the way allows. near_speed: cap on the last 10 cm to an
     object and on everything within 10 cm of a place.
     """

@@ -188,7 +188,10 @@ class Scene:
         self.sim.forward()
         robot.controller.update(force=True)
         robot.controller.reset_goal()
-        robot.gripper.current_action = np.zeros_like(np.asarray(robot.gripper.current_action, dtype=np.float64))
+        # The gripper ramps its own command from where it stands; start it where the fingers are.
+        fingers = self.sim.data.qpos[robot._ref_gripper_joint_pos_indexes]
+        fraction = float(np.clip((fingers[0] - fingers[1]) / 0.04 - 1.0, -1.0, 1.0))
+        robot.gripper.current_action = np.array([fraction, -fraction])
         for observable in self._env.env._observables.values():
             observable.reset()
         self._env.env._post_process()
