@@ -57,6 +57,8 @@ RIVAL_SILENCE_S = 1.5
 TICK_S = 0.05
 """Period of the watchdog; also the shortest time between two states."""
 
+PACE_S = 0.004
+"""Commands that come faster are judged a few at a time: at 1000 a second it halves the node's processor time."""
 ANSWER_AGAIN_S = 0.5
 """The same answer is not published again sooner."""
 
@@ -137,7 +139,7 @@ class PolicyNode(LifecycleNode):
         self._lifecycle = "unconfigured"
         self._autostart_over = False
         self._last_event: LoopEvent | None = None
-        self._last_seen_s = self._last_good_s = self._state_sent_s = 0.0
+        self._last_seen_s = self._last_good_s = self._state_sent_s = self._judged_s = 0.0
         self._answered_frame = self._submitted_frame = 0
         self._last_sent: tuple[float, ActionChunkMsg] | None = None
         self._shown: object = None
@@ -336,13 +338,16 @@ class PolicyNode(LifecycleNode):
     @guarded
     def _on_command(self, message: SteeringCommandMsg) -> None:
         self._judge_typed(message)
-        # In a flood the executor's wait costs more than a command, so take what else has come with this one.
-        for _ in range(COMMAND.depth - 1):
+        # One wait of the executor costs more than ten commands: in a flood let a few gather and take them together.
+        if time.monotonic() - self._judged_s < PACE_S:
+            time.sleep(PACE_S)
+        for _ in range(COMMAND.depth):
             with self._commands.handle:
                 taken = self._commands.handle.take_message(SteeringCommandMsg, False)
             if taken is None:
-                return
+                break
             self._judge_typed(taken[0])
+        self._judged_s = time.monotonic()
 
     def _judge_typed(self, message: SteeringCommandMsg) -> None:
         self._judge(lambda: command_from_msg(message), message.source, message.epoch, message.sequence)
