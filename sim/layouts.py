@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from sim import grasp
-from sim.scene import Scene, Snapshot
+from sim.scene import Boxes, Scene, Snapshot
 from steer_runtime.errors import SteerError
 
 Kind = Literal["official", "jitter", "random"]
@@ -128,21 +128,58 @@ def _nudged(scene: Scene, rest: np.ndarray, rng: np.random.Generator) -> np.ndar
     return state
 
 
-def _scattered(
-    scene: Scene, settled: Snapshot, rest: np.ndarray, target: str, rng: np.random.Generator
+def teleported(
+    scene: Scene,
+    settled: Snapshot,
+    rest: np.ndarray,
+    robot: np.ndarray,
+    target: str,
+    keep: frozenset[str],
+    rng: np.random.Generator,
 ) -> np.ndarray | None:
-    """One draw, or None when an object found no room."""
+    """A state to look at, not to simulate: the robot and the objects of `keep` as in the state `robot`, others anywhere.
+
+    settled, rest: a snapshot and state of the scene at rest, for the objects' upright poses. None when there was no room.
+    """
+    state = robot.copy()
+    for name in scene.objects:
+        if name not in keep:
+            state[scene.pose_slice(name)] = rest[scene.pose_slice(name)]
+    scene.show(robot)
+    now = scene.snapshot()
+    taken = [
+        (now.boxes[n].centre[:2], float(np.linalg.norm((now.boxes[n].high - now.boxes[n].low)[:2])) / 2) for n in keep
+    ]
+    # Nothing stands inside a hand that is low.
+    if now.eef[2] < GROUNDS[scene.domain_name].height + 0.20:
+        taken.append((now.eef[:2], 0.05))
+    return _scattered(scene, settled, state, target, rng, keep=keep, taken=taken)
+
+
+def _scattered(
+    scene: Scene,
+    settled: Snapshot,
+    rest: np.ndarray,
+    target: str,
+    rng: np.random.Generator,
+    *,
+    keep: frozenset[str] = frozenset(),
+    taken: list[tuple[np.ndarray, float]] | None = None,
+) -> np.ndarray | None:
+    """One draw, or None when an object found no room. keep stays; taken: circles (centre, radius) that are occupied."""
     ground = GROUNDS[scene.domain_name]
     state = rest.copy()
     state[1 + scene.sim.model.nq :] = 0.0
     # Fixtures stand where they stand; what moves keeps clear of their boxes.
     walls = [settled.boxes[name] for name in scene.fixtures]
-    taken: list[tuple[np.ndarray, float]] = []
+    taken = list(taken or ())
     owner = scene.goal.owner
     # The place first, then the target, so that crowding costs the distractors.
     order = [n for n in (owner, target) if n in scene.objects]
     order += [str(n) for n in rng.permutation([n for n in scene.objects if n not in order])]
     for name in order:
+        if name in keep:
+            continue
         boxes = settled.boxes[name]
         pose = scene.pose_slice(name)
         half = float(np.linalg.norm((boxes.high - boxes.low)[:2])) / 2
@@ -180,8 +217,8 @@ def _put(state: np.ndarray, pose: slice, centre: np.ndarray, spot: np.ndarray, t
     ]
 
 
-def _near(spot: np.ndarray, radius: float, wall: object) -> bool:
-    corners = wall.corners.reshape(-1, 3)[:, :2]  # type: ignore[attr-defined]
+def _near(spot: np.ndarray, radius: float, wall: Boxes) -> bool:
+    corners = wall.corners.reshape(-1, 3)[:, :2]
     low, high = corners.min(0), corners.max(0)
     return bool(np.linalg.norm(np.maximum(np.maximum(low - spot, spot - high), 0.0)) < radius)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sim.benchmark import SETTLE_ACTION, SETTLE_STEPS, Task, find_task, load_module, numpy_seed, quiet
+from sim.decimation import Decimated, decimate
 from steer_runtime.errors import SteerError
 
 CAMERAS: Mapping[str, str] = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}
@@ -161,6 +162,19 @@ class Scene:
             "cookies": "cookie box",
         }.get(words, words)
 
+    def instruction(self, target: str, moved: bool) -> str:
+        """LIBERO's own instruction, or one of its form for another target. moved: relations to other things are gone."""
+        related = self.task.suite.startswith("libero_spatial")
+        if target == self.task_target and not (moved and related):
+            return self.task.instruction
+        where = "in" if self.goal.predicate == "in" else "on"
+        return f"pick up the {self.label(target)} and place it {where} the {self.label(self.goal.owner)}"
+
+    def show(self, state: np.ndarray) -> None:
+        """Set a state for looking only: positions are computed, nothing moves."""
+        self._env.set_state(np.asarray(state, dtype=np.float64))
+        self.sim.forward()
+
     # -- episodes ---------------------------------------------------------------------------------------------------
 
     def begin(self, state: np.ndarray, settle: int = SETTLE_STEPS) -> Snapshot:
@@ -196,6 +210,7 @@ class Scene:
             observable.reset()
         self._env.env._post_process()
         self._env.env._update_observables(force=True)
+        self._raw = self._env.env._get_observations()
         self._gripper_command = -1.0
         for _ in range(settle):
             self.step(np.array(SETTLE_ACTION))
@@ -256,6 +271,12 @@ class Scene:
         if not self._renders:
             raise SteerError("no_renderer", "this scene was built without a renderer; build it with render=True")
         return np.ascontiguousarray(self.sim.render(height=size, width=size, camera_name=CAMERAS[camera]))
+
+    def thin_meshes(self) -> Decimated:
+        """Decimate what is only looked at, for cheap training pictures; physics is untouched (see `sim.decimation`)."""
+        if not self._renders:
+            raise SteerError("no_renderer", "this scene was built without a renderer; build it with render=True")
+        return decimate(self.sim.model._model, self.sim._render_context_offscreen.con)
 
     def project(self, camera: str, points: np.ndarray) -> np.ndarray:
         """World points [n, 3] as fractions of the image that policies see: float32 [n, 3] = column, row, depth (m).

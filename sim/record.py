@@ -1,0 +1,338 @@
+"""Recording the expert: a folder of demonstrations that can be interrupted at any moment and continued.
+
+Invariant: what a folder holds is decided by its `recording.json`; a run with another configuration or other versions of
+the simulator is refused, and episodes that are there already are not recorded again.
+
+    <folder>/recording.json               configuration and versions
+    <folder>/episodes/<task>/demo_N.hdf5  one file an episode (see `sim.demonstrations`)
+    <folder>/episodes/<task>/demo_N.failed.json  an episode whose expert failed: not kept, not tried again
+    <folder>/<task>_demo.hdf5             index a task, in LIBERO's layout
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim import demonstrations, layouts, plan
+from sim.benchmark import load_module, require_versions, versions
+from sim.demonstrations import dump, write_atomically
+from sim.rollout import STYLES, Assignment, Noise, Outcome, Step, follow, run
+from sim.scene import CAMERAS, Scene
+from sim.wordings import choose, say
+from steer_runtime.errors import SteerError
+
+PHASES: tuple[str, ...] = (
+    "approach", "descend", "squeeze", "lift", "carry", "lower", "release", "falling", "retreat", "rest",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Configuration of a folder. size: pixels. stride: an image every so many steps. thin: decimated meshes.
+
+    episodes is how many there shall be; a folder may grow, everything else is fixed by its first run.
+    """
+
+    suite: str = "libero_object"
+    layout: layouts.Kind = "random"
+    styles: tuple[str, ...] = ("plain", "quickly", "slowly", "high")
+    episodes: int = 100
+    seed: int = 0
+    tasks: tuple[int, ...] | None = None
+    any_target: bool = True
+    size: int = 128
+    stride: int = 1
+    thin: bool = True
+    noise: Noise = field(default_factory=Noise)
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.size <= 1024:
+            raise SteerError("bad_camera_size", f"camera size {self.size} is not usable: expected 16 to 1024 pixels")
+        if not 1 <= self.stride <= 100:
+            raise SteerError("bad_stride", f"image stride {self.stride} is not usable: expected 1 to 100 steps")
+
+    def plan(self) -> list[plan.Episode]:
+        """The episodes of this configuration."""
+        return plan.episodes(
+            self.suite,
+            self.layout,
+            self.styles,
+            self.episodes,
+            self.seed,
+            tasks=self.tasks,
+            any_target=self.any_target,
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After an episode: recorded, failed and all of the plan; seconds it took (0 when it was there already)."""
+
+    episode: plan.Episode
+    target: str
+    recorded: int
+    failed: int
+    total: int
+    seconds: float
+    steps: int
+
+
+def record(recording: Recording, folder: Path, on_episode: Callable[[Progress], None] | None = None) -> Progress | None:
+    """Record what the folder still lacks. Rendering must be set up (`use_software_rendering`).
+
+    Raises SteerError: 'wrong_version', 'other_configuration', 'other_versions', 'in_use', 'disk_full', 'torn_file' and
+    those of plans and layouts. An interruption loses at most the running episode. Returns the last progress.
+    """
+    require_versions()
+    episodes = recording.plan()
+    last: Progress | None = None
+    with claimed(folder):
+        settle_configuration(asdict(recording), folder, grows="episodes")
+        for stale in (folder / "episodes").glob("*/*.part"):
+            stale.unlink()
+        names = plan.task_names(recording.suite)
+        recorded = sum(_file(folder, names, e).exists() for e in episodes)
+        failed = sum(_failure(folder, names, e).exists() for e in episodes)
+        try:
+            for task_id in sorted({e.task_id for e in episodes}):
+                missing = [
+                    e
+                    for e in episodes
+                    if e.task_id == task_id
+                    and not _file(folder, names, e).exists()
+                    and not _failure(folder, names, e).exists()
+                ]
+                if not missing:
+                    continue
+                with Scene(recording.suite, task_id, render=True) as scene:
+                    if recording.thin:
+                        scene.thin_meshes()
+                    targets = layouts.targets(scene)
+                    for episode in missing:
+                        started = time.monotonic()
+                        require_room(folder)
+                        target = targets[episode.target_index % len(targets)]
+                        content, outcome = _episode(scene, recording, episode, target)
+                        if content is None:
+                            report = dump({"target": target, **asdict(outcome)}).encode()
+                            write_atomically(_failure(folder, names, episode), report)
+                            failed += 1
+                        else:
+                            write_atomically(_file(folder, names, episode), content)
+                            recorded += 1
+                        seconds = time.monotonic() - started
+                        last = Progress(episode, target, recorded, failed, len(episodes), seconds, outcome.steps)
+                        if on_episode is not None:
+                            on_episode(last)
+        finally:
+            if recorded:
+                demonstrations.write_indices(folder)
+    return last
+
+
+def _episode(scene: Scene, recording: Recording, episode: plan.Episode, target: str) -> tuple[bytes | None, Outcome]:
+    """One episode's file, or None when the expert failed."""
+    layout = layouts.make(scene, episode.layout, target, episode.seed)
+    collector = _Collector(scene, recording.size, recording.stride)
+    assignment = Assignment(target, episode.style, episode.index)
+    outcome = run(scene, layout, assignment, actor=follow(recording.noise, episode.index), on_step=collector.add)
+    if not outcome.released:
+        return None, outcome
+    concepts = STYLES[episode.style][0]
+    chosen = choose(concepts, episode.index + 1_000_003 * recording.seed)
+    base = scene.instruction(target, moved=episode.layout == "random")
+    spoken = say(base, chosen)
+    problem = {"problem_name": scene.domain_name, "domain_name": "robosuite", "language_instruction": spoken}
+    arrays = collector.arrays()
+    attributes: dict[str, demonstrations.Value] = {
+        "num_samples": outcome.steps,
+        "init_state": layout.state,
+        "language_instruction": spoken,
+        "problem_info": dump(problem),
+        "base_instruction": base,
+        "wordings": dump([w.id for w in chosen]),
+        "style": episode.style,
+        "concepts": dump(list(concepts) or ["plain"]),
+        "target": target,
+        "target_label": scene.label(target),
+        "object_names": dump(list(scene.objects)),
+        "phase_names": dump(list(PHASES)),
+        "layout": episode.layout,
+        "layout_seed": episode.seed,
+        "episode_index": episode.index,
+        "noise": dump(asdict(recording.noise)),
+        "image_stride": recording.stride,
+        "decimated": recording.thin,
+        "outcome": dump(asdict(outcome)),
+        "versions": dump(versions()),
+    }
+    return demonstrations.build(episode.name, arrays, attributes, _file_attributes(scene, recording)), outcome
+
+
+def _file_attributes(scene: Scene, recording: Recording) -> Mapping[str, demonstrations.Value]:
+    """Attributes of `data`, as in LIBERO's files."""
+    task = scene.task
+    bddl = f"{task.bddl.parent.name}/{task.bddl.name}"
+    kwargs = {
+        "robots": ["Panda"],
+        "bddl_file_name": bddl,
+        "control_freq": 20,
+        "camera_names": list(CAMERAS.values()),
+        "camera_heights": recording.size,
+        "camera_widths": recording.size,
+        "ignore_done": True,
+    }
+    return {
+        "env_name": scene.domain_name,
+        "env_args": dump(
+            {"type": 1, "env_name": scene.domain_name, "problem_name": scene.domain_name, "bddl_file": bddl}
+            | {"env_kwargs": kwargs}
+        ),
+        "problem_info": dump(
+            {
+                "problem_name": scene.domain_name,
+                "domain_name": "robosuite",
+                "language_instruction": task.instruction,
+            }
+        ),
+        "bddl_file_name": bddl,
+        "bddl_file_content": task.bddl.read_text(),
+        "macros_image_convention": "opengl",
+        "tag": "libero-v1",
+    }
+
+
+class _Collector:
+    """Gathers an episode's arrays, step by step, as the scene stands before each action."""
+
+    def __init__(self, scene: Scene, size: int, stride: int) -> None:
+        self._scene, self._size, self._stride = scene, size, stride
+        self._transform = load_module("robosuite.utils.transform_utils")
+        self._rows: dict[str, list[Any]] = {}
+
+    def add(self, step: Step) -> None:
+        scene, seen = self._scene, step.snapshot
+        raw = scene.proprioception()
+        quaternion = np.array(raw["robot0_eef_quat"], dtype=np.float64)
+        position = np.array(raw["robot0_eef_pos"], dtype=np.float64)
+        fingers = np.array(raw["robot0_gripper_qpos"], dtype=np.float64)
+        # The function writes into its input.
+        turn = self._transform.quat2axisangle(quaternion.copy())
+        self._put("actions", step.executed)
+        self._put("expert_actions", step.expert.action)
+        self._put("states", scene.state())
+        self._put("robot_states", np.concatenate([fingers, position, quaternion]))
+        self._put("obs/ee_pos", position)
+        self._put("obs/ee_ori", turn)
+        self._put("obs/ee_states", np.concatenate([position, turn]))
+        self._put("obs/gripper_states", fingers)
+        self._put("obs/joint_states", np.array(raw["robot0_joint_pos"], dtype=np.float64))
+        self._put("obs/gripper_command", np.float64(seen.gripper_command))
+        points = np.concatenate([scene.positions(), seen.eef[None]])
+        self._put("privileged/positions", points.astype(np.float32))
+        for camera in CAMERAS:
+            self._put(f"privileged/{camera}_points", scene.project(camera, points))
+        self._put("privileged/phase", np.uint8(PHASES.index(step.expert.phase)))
+        if step.index % self._stride == 0:
+            for camera in CAMERAS:
+                self._put(f"obs/{camera}_rgb", scene.render(camera, self._size))
+            self._put("obs/image_index", np.int32(step.index))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        out = {path: np.stack(rows) for path, rows in self._rows.items()}
+        steps = len(out["actions"])
+        # As in LIBERO's files: one at the last step.
+        ends = np.zeros(steps, np.uint8)
+        ends[-1] = 1
+        return {**out, "rewards": ends, "dones": ends.copy()}
+
+    def _put(self, path: str, value: Any) -> None:
+        self._rows.setdefault(path, []).append(value)
+
+
+def _file(folder: Path, names: list[str], episode: plan.Episode) -> Path:
+    return folder / "episodes" / names[episode.task_id] / f"{episode.name}.hdf5"
+
+
+def _failure(folder: Path, names: list[str], episode: plan.Episode) -> Path:
+    return folder / "episodes" / names[episode.task_id] / f"{episode.name}.failed.json"
+
+
+def require_room(folder: Path) -> None:
+    """Raises SteerError('disk_full') before the disk is so full that other programs fail."""
+    free = shutil.disk_usage(folder).free
+    if free < demonstrations.LEAST_FREE_BYTES:
+        raise SteerError(
+            "disk_full",
+            f"only {free / 1e6:.0f} MB are free in {folder}: expected {demonstrations.LEAST_FREE_BYTES / 1e6:.0f} MB; "
+            "every finished episode is safe: free some space and run the same command again",
+        )
+
+
+def settle_configuration(configuration: Mapping[str, Any], folder: Path, grows: str) -> None:
+    """Write recording.json, or hold this run against the one that is there; only `grows` may become larger.
+
+    Raises SteerError: 'other_configuration', 'other_versions', 'torn_file'.
+    """
+    # Through JSON, so that tuples compare equal to the lists they become.
+    wanted = json.loads(dump({"configuration": configuration, "versions": versions()}))
+    path = folder / "recording.json"
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+            old, old_versions = there["configuration"], there["versions"]
+            old_size = int(old[grows])
+        except (ValueError, KeyError, TypeError):
+            raise SteerError(
+                "torn_file",
+                f"{path} is damaged or of another kind: expected JSON with configuration and versions; "
+                "record into a new folder",
+            ) from None
+        new = wanted["configuration"]
+        differing = [k for k in new if k != grows and new[k] != old.get(k)]
+        if differing:
+            raise SteerError(
+                "other_configuration",
+                f"{folder} was recorded with "
+                + ", ".join(f"{k} {old.get(k)!r} (now {new[k]!r})" for k in differing)
+                + "; give the same options or another folder",
+            )
+        changed = [k for k, v in wanted["versions"].items() if k != "gl_backend" and old_versions.get(k) != v]
+        if changed:
+            raise SteerError(
+                "other_versions",
+                f"{folder} was recorded with "
+                + ", ".join(f"{k} {old_versions.get(k)} (now {wanted['versions'][k]})" for k in changed)
+                + "; install those versions or record into another folder",
+            )
+        if new[grows] <= old_size:
+            return
+    write_atomically(path, (json.dumps(wanted, indent=1, sort_keys=True) + "\n").encode())
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second recorder. Raises SteerError('in_use', 'not_writable')."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as e:
+        raise SteerError("not_writable", f"{folder} cannot be written ({e.strerror}); choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SteerError(
+                "in_use", f"another recorder works in {folder}; wait for it or choose another folder"
+            ) from None
+        yield
