@@ -36,7 +36,7 @@ class ActionTokenizer:
         return (edges[:-1] + edges[1:]) / 2.0
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Normalised values float64 [T] of token ids [T]: centres[clip(usable_vocab - id - 1, 0, n_bins - 2)]."""
+        """Normalised values float64, one for each of the token ids: centres[clip(usable_vocab - id - 1, 0, n_bins - 2)]."""
         index = np.clip(self.usable_vocab - np.asarray(ids, dtype=np.int64) - 1, 0, self.n_bins - 2)
         return self.centres[index]
 
@@ -66,12 +66,12 @@ class Statistics:
     mask: tuple[bool, ...]
 
     def unnormalise(self, values: np.ndarray) -> np.ndarray:
-        """float64 [7] from normalised [7]: where mask 0.5 (a + 1) (q99 - q01) + q01, else a (published `predict_action`)."""
+        """float64 [..., 7] from normalised [..., 7]: where mask 0.5 (a + 1) (q99 - q01) + q01, else a (published `predict_action`)."""
         low, high = np.asarray(self.q01), np.asarray(self.q99)
         return np.where(self.mask, 0.5 * (values + 1.0) * (high - low) + low, values)
 
     def normalise(self, actions: np.ndarray) -> np.ndarray:
-        """Inverse of `unnormalise`, float64 [7], clipped to [-1, 1]; a dimension of zero range maps to 0."""
+        """Inverse of `unnormalise`, float64 [..., 7], clipped to [-1, 1]; a dimension of zero range maps to 0."""
         low, high = np.asarray(self.q01), np.asarray(self.q99)
         width = high - low
         scaled = np.where(width > 0, 2.0 * (actions - low) / np.where(width > 0, width, 1.0) - 1.0, 0.0)

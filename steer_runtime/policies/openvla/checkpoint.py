@@ -83,7 +83,7 @@ def load_checkpoint(
     if config.lm.tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     parameters = dict(model.named_parameters())
-    for name in zero_filled():
+    for name in zero_filled(config):
         parameters[name].data.zero_()
     _stream(table, stored, parameters)
     return model.requires_grad_(False).eval(), report

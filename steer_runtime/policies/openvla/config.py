@@ -31,6 +31,21 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
+class HeatmapConfig:
+    """The small tower of `vision_heatmap`, in place of the two ViTs. classes: object classes, one token each.
+
+    hidden: width of its tokens; the convolutions have an eighth, a quarter, a half and all of it. blocks, heads: of the
+    transformer on the coarsest grid. wrist_grid: the wrist camera gives wrist_grid squared patch tokens.
+    """
+
+    classes: tuple[str, ...]
+    hidden: int = 192
+    blocks: int = 4
+    heads: int = 6
+    wrist_grid: int = 2
+
+
+@dataclass(frozen=True)
 class LMConfig:
     """The Llama tower. vocab_rows: rows of the embedding, padding included; tied: the unembedding is the embedding."""
 
@@ -51,15 +66,21 @@ class LMConfig:
 class OpenVLAConfig:
     """Architecture and token conventions (Kim et al. 2024, arXiv 2406.09246, and its HF modelling code).
 
+    The vision is dino and siglip together, as published, or heatmap alone; then patch is the side of the image that one
+    of its patch tokens stands for. state_tokens: soft tokens of proprioception between image and prompt (published: 0).
+    chunk: actions of one inference (published: 1).
     usable_vocab: first id that is not a token; action tokens are the n_bins ids below it. append_token_id: the token
     Llama's tokenizer puts after "Out:" in training (29871), None for tokenizers without it. restrict_to_action_tokens:
     decode among action tokens only; the published policy decodes among all. trained: False for random weights.
     """
 
-    dino: ViTConfig
-    siglip: ViTConfig
     lm: LMConfig
     usable_vocab: int
+    dino: ViTConfig | None = None
+    siglip: ViTConfig | None = None
+    heatmap: HeatmapConfig | None = None
+    state_tokens: int = 0
+    chunk: int = 1
     image_size: int = 224
     patch: int = 14
     n_bins: int = 256
@@ -79,20 +100,28 @@ class OpenVLAConfig:
                 f"usable_vocab {self.usable_vocab} must be above n_bins {self.n_bins} and at most "
                 f"vocab_rows {self.lm.vocab_rows}"
             )
+        if (self.dino is None) != (self.siglip is None) or (self.dino is None) == (self.heatmap is None):
+            problems.append("the vision is neither dino and siglip together nor heatmap alone")
         for tower, vit in (("dino", self.dino), ("siglip", self.siglip)):
+            if vit is None:
+                continue
             if vit.hidden % vit.heads:
                 problems.append(f"{tower} hidden {vit.hidden} is not a multiple of its {vit.heads} heads")
             if vit.depth < 2:
                 problems.append(f"{tower} depth {vit.depth} leaves no second-to-last block")
-        if self.dino.mlp % self.dino.hidden:
+        if self.heatmap is not None:
+            problems += _heatmap_problems(self.heatmap, self.image_size)
+        if self.state_tokens < 0 or self.chunk < 1:
+            problems.append(f"state_tokens {self.state_tokens} or chunk {self.chunk} is too small")
+        if self.dino is not None and self.dino.mlp % self.dino.hidden:
             problems.append(f"dino mlp {self.dino.mlp} is not a multiple of its hidden size {self.dino.hidden}")
         if self.lm.d_model % self.lm.heads or self.lm.heads % self.lm.kv_heads:
             problems.append(
                 f"lm d_model {self.lm.d_model}, heads {self.lm.heads} and kv_heads {self.lm.kv_heads} do not divide"
             )
-        if self.max_tokens + 6 > self.lm.max_positions:
+        if self.max_tokens + self.action_tokens - 1 > self.lm.max_positions:
             problems.append(
-                f"{self.max_tokens} prefill tokens and 6 more exceed the lm's {self.lm.max_positions} positions"
+                f"{self.max_tokens} prefill tokens and {self.action_tokens - 1} more exceed the lm's {self.lm.max_positions} positions"
             )
         if self.lm.layers < 1:
             problems.append("lm has no layers")
@@ -103,13 +132,47 @@ class OpenVLAConfig:
 
     @property
     def patches(self) -> int:
-        """Image tokens of one action."""
-        return (self.image_size // self.patch) ** 2
+        """Image tokens of one inference."""
+        grid = (self.image_size // self.patch) ** 2
+        return grid if self.heatmap is None else grid + self.heatmap.wrist_grid**2 + len(self.heatmap.classes)
+
+    @property
+    def vision_width(self) -> int:
+        """Channels of an image token before the projector."""
+        if self.heatmap is not None:
+            return self.heatmap.hidden
+        dino, siglip = self.vits
+        return dino.hidden + siglip.hidden
+
+    @property
+    def vits(self) -> tuple[ViTConfig, ViTConfig]:
+        """The published towers, DINOv2's and SigLIP's; only where the vision is not the small tower."""
+        assert self.dino is not None
+        assert self.siglip is not None
+        return self.dino, self.siglip
+
+    @property
+    def action_tokens(self) -> int:
+        """Tokens of one inference, and its language-model forwards: 7 an action."""
+        return 7 * self.chunk
 
     @property
     def max_tokens(self) -> int:
-        """Longest prefill: BOS and prompt, and the patches."""
-        return self.max_prompt_tokens + self.patches
+        """Longest prefill: BOS and prompt, image tokens, state tokens."""
+        return self.max_prompt_tokens + self.patches + self.state_tokens
+
+
+def _heatmap_problems(heat: HeatmapConfig, image_size: int) -> list[str]:
+    problems = []
+    if not heat.classes or len(set(heat.classes)) != len(heat.classes):
+        problems.append("heatmap needs object classes, each once")
+    if heat.hidden % 64 or heat.hidden % heat.heads:
+        problems.append(f"heatmap hidden {heat.hidden} is not a multiple of 64 and of its {heat.heads} heads")
+    if image_size % 32:
+        problems.append(f"image_size {image_size} is not a multiple of 32, as the heatmap tower needs")
+    if heat.blocks < 1 or heat.wrist_grid < 1:
+        problems.append("heatmap needs a block and a wrist grid of at least 1")
+    return problems
 
 
 OPENVLA_7B = OpenVLAConfig(
@@ -174,10 +237,15 @@ def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
         bos_token_id=int(text.get("bos_token_id", published.bos_token_id)),
     )
     ours = dict(raw.get("steer_runtime") or {})
-    unknown = set(ours) - {"dino", "siglip", *(f.name for f in fields(OpenVLAConfig))}
+    unknown = set(ours) - {f.name for f in fields(OpenVLAConfig)}
     if unknown:
         raise SteerError("bad_model_config", f"config.json's section steer_runtime has unknown keys {sorted(unknown)}")
-    if "dino" in ours and "siglip" in ours:
+    dino: ViTConfig | None = None
+    siglip: ViTConfig | None = None
+    if "heatmap" in ours:
+        heat = dict(ours.pop("heatmap"))
+        ours["heatmap"] = HeatmapConfig(classes=tuple(str(c) for c in heat.pop("classes")), **heat)
+    elif "dino" in ours and "siglip" in ours:
         dino, siglip = ViTConfig(**ours.pop("dino")), ViTConfig(**ours.pop("siglip"))
     elif raw.get("vision_backbone_id", _PUBLISHED_VISION) == _PUBLISHED_VISION:
         dino, siglip = OPENVLA_7B.dino, OPENVLA_7B.siglip
@@ -197,15 +265,16 @@ def emit_config(config: OpenVLAConfig) -> dict[str, Any]:
     ours = {
         f.name: getattr(config, f.name)
         for f in fields(OpenVLAConfig)
-        if f.name not in {"dino", "siglip", "lm", "norm_stats", "n_bins"}
+        if f.name not in {"dino", "siglip", "heatmap", "lm", "norm_stats", "n_bins"}
     }
+    towers = {"dino": config.dino, "siglip": config.siglip, "heatmap": config.heatmap}
     return {
         "model_type": "openvla",
         "n_action_bins": config.n_bins,
         "pad_to_multiple_of": lm.vocab_rows - config.usable_vocab,
         "image_sizes": [config.image_size, config.image_size],
         "image_resize_strategy": "resize-naive",
-        "use_fused_vision_backbone": True,
+        "use_fused_vision_backbone": config.heatmap is None,
         "text_config": {
             "model_type": "llama",
             "vocab_size": lm.vocab_rows,
@@ -221,5 +290,5 @@ def emit_config(config: OpenVLAConfig) -> dict[str, Any]:
             "bos_token_id": lm.bos_token_id,
         },
         "norm_stats": dict(config.norm_stats),
-        "steer_runtime": {**ours, "dino": asdict(config.dino), "siglip": asdict(config.siglip)},
+        "steer_runtime": {**ours, **{name: asdict(tower) for name, tower in towers.items() if tower is not None}},
     }

@@ -8,7 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from steer_runtime.policies.openvla.config import OpenVLAConfig, ViTConfig
+from steer_runtime.policies.openvla.proprioception import StateEncoder
+from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
 
 
 @dataclass(frozen=True)
@@ -44,23 +49,38 @@ NOT_PERSISTENT = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|mask_toke
 
 
 def entries(config: OpenVLAConfig) -> list[Entry]:
-    """Every tensor of the published layout for this configuration, in the published order."""
+    """Every tensor of the published layout for this configuration, in the published order.
+
+    What the published model does not have (the small vision tower, the state encoder) follows its own module's names.
+    """
+    return [*vision_entries(config), *_projector(config), *_state(config), *_llama(config)]
+
+
+def vision_entries(config: OpenVLAConfig) -> list[Entry]:
+    """The part of the table that is the vision tower's."""
+    if config.heatmap is not None:
+        with torch.device("meta"):
+            tower = HeatmapTower(config)
+        return _module(tower, "vision_backbone.heatmap", "heatmap")
+    dino, siglip = config.vits
     patch_shape = (3, config.patch, config.patch)
-    return [
-        *_dino(config.dino, config.patches, patch_shape),
-        *_siglip(config.siglip, config.patches, patch_shape),
-        *_projector(config),
-        *_llama(config),
-    ]
+    return [*_dino(dino, config.patches, patch_shape), *_siglip(siglip, config.patches, patch_shape)]
 
 
-def zero_filled() -> list[str]:
+def zero_filled(config: OpenVLAConfig) -> list[str]:
     """Parameters of ours that the published layout has no tensor for, filled with zeros before loading.
 
     DINOv2's position embedding has no CLS row in the published towers (timm `no_embed_class`), transformers' has one:
     it stays zero. The mask token is used in pretraining only.
     """
+    if config.dino is None:
+        return []
     return ["dino.embeddings.mask_token", "dino.embeddings.position_embeddings"]
+
+
+def _module(module: nn.Module, key: str, parameter: str) -> list[Entry]:
+    """One tensor a parameter of a module of ours, under its own name."""
+    return [_one(f"{key}.{n}", tuple(p.shape), f"{parameter}.{n}") for n, p in module.named_parameters()]
 
 
 def _one(key: str, shape: tuple[int, ...], parameter: str | None) -> Entry:
@@ -164,12 +184,20 @@ def _block(
 
 
 def _projector(config: OpenVLAConfig) -> list[Entry]:
-    vision, d = config.dino.hidden + config.siglip.hidden, config.lm.d_model
+    vision, d = config.vision_width, config.lm.d_model
     return [
         *_affine("projector.fc1", 4 * vision, (4 * vision, vision), "projector.fc1"),
         *_affine("projector.fc2", d, (d, 4 * vision), "projector.fc2"),
         *_affine("projector.fc3", d, (d, d), "projector.fc3"),
     ]
+
+
+def _state(config: OpenVLAConfig) -> list[Entry]:
+    if not config.state_tokens:
+        return []
+    with torch.device("meta"):
+        encoder = StateEncoder(config)
+    return _module(encoder, "state_encoder", "state_encoder")
 
 
 def _llama(config: OpenVLAConfig) -> list[Entry]:

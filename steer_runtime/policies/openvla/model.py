@@ -1,6 +1,7 @@
-"""The OpenVLA network on transformers' own layers: two vision towers, a projector, a Llama, greedy decoding.
+"""The OpenVLA network on transformers' own layers: the vision, a projector, a Llama, greedy decoding.
 
-Invariant: one action is one vision pass and exactly `ACTION_TOKENS` language-model forwards, and every token that
+Invariant: one inference is one vision pass and exactly `config.action_tokens` language-model forwards (the published
+model: 7), and every token that
 enters the language model passes `embedding_entry` first, so that a hook there sees the whole sequence.
 """
 
@@ -21,10 +22,9 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from steer_runtime.policies.openvla.config import OpenVLAConfig
+from steer_runtime.policies.openvla.proprioception import StateEncoder
+from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
 from steer_runtime.types import Role
-
-ACTION_TOKENS = 7
-"""Tokens of one action: translation 3, rotation 3, gripper 1 (the published `predict_action`)."""
 
 Announce = Callable[[list[Role]], None]
 
@@ -34,7 +34,7 @@ class DinoTower(nn.Module):
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__()
-        vit = config.dino
+        vit = config.vits[0]
         hf = Dinov2WithRegistersConfig(
             hidden_size=vit.hidden,
             num_hidden_layers=vit.depth,
@@ -62,7 +62,7 @@ class SiglipTower(nn.Module):
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__()
-        vit = config.siglip
+        vit = config.vits[1]
         hf = SiglipVisionConfig(
             hidden_size=vit.hidden,
             intermediate_size=vit.mlp,
@@ -105,9 +105,13 @@ class OpenVLAModel(nn.Module):
         super().__init__()
         self.config = config
         lm = config.lm
-        self.dino = DinoTower(config)
-        self.siglip = SiglipTower(config)
-        self.projector = Projector(config.dino.hidden + config.siglip.hidden, lm.d_model)
+        if config.heatmap is not None:
+            self.heatmap = HeatmapTower(config)
+        else:
+            self.dino = DinoTower(config)
+            self.siglip = SiglipTower(config)
+        self.projector = Projector(config.vision_width, lm.d_model)
+        self.state_encoder = StateEncoder(config) if config.state_tokens else None
         self.embedding_entry = nn.Identity()
         self.llama_config = LlamaConfig(
             vocab_size=lm.vocab_rows,
@@ -131,8 +135,9 @@ class OpenVLAModel(nn.Module):
         """Recompute what is derived from the configuration and never stored: rotary frequencies, position ids."""
         with torch.device(device):
             self.language_model.model.rotary_emb = LlamaRotaryEmbedding(self.llama_config)
-            position_ids = torch.arange(self.config.patches).expand((1, -1))
-            self.siglip.embeddings.register_buffer("position_ids", position_ids, persistent=False)
+            if self.config.heatmap is None:
+                position_ids = torch.arange(self.config.patches).expand((1, -1))
+                self.siglip.embeddings.register_buffer("position_ids", position_ids, persistent=False)
 
     @property
     def unembedding(self) -> Tensor:
@@ -140,18 +145,32 @@ class OpenVLAModel(nn.Module):
         return self.language_model.lm_head.weight
 
     def vision(self, pixels: Tensor) -> Tensor:
-        """Patch embeddings [B, patches, d_model] of pixels [B, 6, S, S]: three channels for DINO, three for SigLIP."""
+        """Image embeddings [B, patches, d_model] of pixels [B, 6, S, S].
+
+        Published: three channels for DINO, three for SigLIP. Small tower: three of each camera, the wrist's last.
+        """
+        if self.config.heatmap is not None:
+            return self.projector(self.heatmap(pixels))
         features = torch.cat((self.dino(pixels[:, :3]), self.siglip(pixels[:, 3:])), dim=2)
         return self.projector(features)
 
-    def embed(self, pixels: Tensor, prompt_ids: Tensor) -> Tensor:
-        """Prefill embeddings [B, 1 + patches + n - 1, d_model]: BOS, patches, rest of the prompt ids [B, n]."""
+    def embed(self, pixels: Tensor, prompt_ids: Tensor, state: Tensor | None = None) -> Tensor:
+        """Prefill embeddings [B, patches + state_tokens + n, d_model]: BOS, image, state, rest of the prompt ids [B, n].
+
+        state [B, STATE_SIZE] (see `proprioception`) where the configuration has state tokens, None where it has none.
+        """
         text = self.language_model.model.embed_tokens(prompt_ids)
-        return torch.cat((text[:, :1], self.vision(pixels).to(text.dtype), text[:, 1:]), dim=1)
+        parts = [text[:, :1], self.vision(pixels).to(text.dtype)]
+        if self.state_encoder is not None:
+            assert state is not None
+            parts.append(self.state_encoder(state).to(text.dtype))
+        return torch.cat((*parts, text[:, 1:]), dim=1)
 
     def prefill_roles(self, prompt_tokens: int) -> list[Role]:
         """Role of each prefill token, in order."""
-        return ["text", *["image"] * self.config.patches, *["text"] * (prompt_tokens - 1)]  # type: ignore[list-item]
+        config = self.config
+        seen: list[Role] = [*["image"] * config.patches, *["state"] * config.state_tokens]  # type: ignore[list-item]
+        return ["text", *seen, *["text"] * (prompt_tokens - 1)]  # type: ignore[list-item]
 
     def step(self, embeddings: Tensor, cache: DynamicCache | None, rows: slice | None = None) -> Tensor:
         """One causal language-model forward: logits [B, rows] after the last of the embeddings [B, T, d_model].
@@ -167,13 +186,19 @@ class OpenVLAModel(nn.Module):
         return nn.functional.linear(hidden, self.unembedding[rows])
 
     def decode(
-        self, pixels: Tensor, prompt_ids: Tensor, announce: Announce | None = None, *, all_logits: bool = True
+        self,
+        pixels: Tensor,
+        prompt_ids: Tensor,
+        announce: Announce | None = None,
+        *,
+        state: Tensor | None = None,
+        all_logits: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Greedy action tokens int64 [7] and their logits float32 [7, vocab_rows], for one observation.
+        """Greedy action tokens int64 [T] and their logits float32 [T, vocab_rows], for one observation.
 
-        pixels [1, 6, S, S], prompt_ids int64 [1, n]. `announce` hears the token roles before each forward. The logits
+        T = config.action_tokens; pixels [1, 6, S, S], prompt_ids int64 [1, n], state as in `embed`. `announce` hears the token roles before each forward. The logits
         are the network's own; `restrict_to_action_tokens` only narrows the choice of the token. With all_logits False a
-        restricted policy scores its action tokens only, logits [7, n_bins]: half the work of a pocket policy.
+        restricted policy scores its action tokens only, logits [T, n_bins]: half the work of a pocket policy.
         """
         config = self.config
         low, high = 0, config.lm.vocab_rows
@@ -181,10 +206,10 @@ class OpenVLAModel(nn.Module):
             low, high = config.usable_vocab - config.n_bins, config.usable_vocab
         only_choices = config.restrict_to_action_tokens and not all_logits
         cache = DynamicCache(config=self.llama_config)
-        embeddings = self.embed(pixels, prompt_ids)
+        embeddings = self.embed(pixels, prompt_ids, state)
         roles: list[Role] = self.prefill_roles(prompt_ids.shape[1])
         tokens, logits = [], []
-        for index in range(ACTION_TOKENS):
+        for index in range(config.action_tokens):
             if announce is not None:
                 announce(roles)
             scores = self.step(embeddings, cache, slice(low, high) if only_choices else None)
@@ -192,7 +217,7 @@ class OpenVLAModel(nn.Module):
             token = choices.argmax(dim=-1) + low
             tokens.append(token)
             logits.append(scores.float())
-            if index + 1 < ACTION_TOKENS:
+            if index + 1 < config.action_tokens:
                 embeddings = self.language_model.model.embed_tokens(token[:, None])
                 roles = ["action"]
         return torch.cat(tokens), torch.cat(logits)

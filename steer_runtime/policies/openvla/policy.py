@@ -1,4 +1,4 @@
-"""OpenVLA as a Policy: an observation in, one LIBERO action out, token roles announced before every forward.
+"""OpenVLA as a Policy: an observation in, LIBERO actions out, token roles announced before every forward.
 
 Invariant: without a listener and with one, the numbers are the same; the policy knows nothing of steering.
 """
@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
 from steer_runtime.policies.openvla.checkpoint import LoadReport, load_checkpoint
-from steer_runtime.policies.openvla.image import libero_image, pixel_values
-from steer_runtime.policies.openvla.model import ACTION_TOKENS, OpenVLAModel
+from steer_runtime.policies.openvla.image import camera_values, libero_image, pixel_values
+from steer_runtime.policies.openvla.model import OpenVLAModel
+from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
 TOWER = "lm"
@@ -45,6 +46,7 @@ class OpenVLAPolicy:
         *,
         name: str | None = None,
         camera: str = "agentview",
+        wrist_camera: str = "wrist",
         report: LoadReport | None = None,
     ) -> None:
         if len(tokenizer) > model.config.lm.vocab_rows:
@@ -61,6 +63,8 @@ class OpenVLAPolicy:
         self.name = name or model.config.name
         self.trained = model.config.trained
         self.camera = camera
+        self.wrist_camera = wrist_camera
+        self._gripper = OPEN
         self.action_space: ActionSpace = LIBERO_ACTION_SPACE
         self.actions = ActionTokenizer(self.config.usable_vocab, self.config.n_bins)
         decoder = model.language_model.model
@@ -73,7 +77,7 @@ class OpenVLAPolicy:
                 d_model=lm.d_model,
                 d_ff=lm.d_ff,
                 max_tokens=self.config.max_tokens,
-                firings_per_inference=ACTION_TOKENS,
+                firings_per_inference=self.config.action_tokens,
             )
         }
         self._listener: TokenRoles | None = None
@@ -133,13 +137,14 @@ class OpenVLAPolicy:
         self._listener = listener
 
     def reset(self) -> None:
-        """Nothing to forget: each action depends on its observation alone."""
+        """Forget the last gripper command, all that is remembered, and only where proprioception is a token."""
+        self._gripper = OPEN
 
     @torch.inference_mode()
     def infer(self, observation: Observation) -> ActionChunk:
-        """One action, float32 [1, 7] in LIBERO's action space, by one vision pass and 7 language-model forwards.
+        """Actions float32 [chunk, 7] in LIBERO's action space, by one vision pass and 7 language-model forwards each.
 
-        notes: out_of_range_tokens, how many of the 7 tokens were no action tokens (clipped as published).
+        notes: out_of_range_tokens, how many of the tokens were no action tokens (clipped as published).
         Raises SteerError: missing_camera, bad_image, bad_instruction, not_finite.
         """
         tokens, logits = self._decode(observation, all_logits=False)
@@ -149,17 +154,18 @@ class OpenVLAPolicy:
                 f"{self.name} computed logits that are not finite: the action is refused; lower or clear the steering",
             )
         ids = tokens.cpu().numpy()
-        action = self.statistics.unnormalise(self.actions.decode(ids))
-        action[6] = libero_gripper(float(action[6]))
+        actions = self.statistics.unnormalise(self.actions.decode(ids).reshape(self.config.chunk, -1))
+        actions[:, 6] = [libero_gripper(float(opening)) for opening in actions[:, 6]]
+        self._gripper = float(actions[-1, 6])
         return ActionChunk(
-            actions=action[None].astype(np.float32),
+            actions=actions.astype(np.float32),
             space=self.action_space,
             notes={"out_of_range_tokens": float(self.actions.out_of_range(ids))},
         )
 
     @torch.inference_mode()
     def logits(self, observation: Observation) -> Tensor:
-        """float32 [7, vocab_rows]: logits of the 7 decoding steps, each after the policy's own greedy tokens."""
+        """float32 [7 * chunk, vocab_rows]: logits of the decoding steps, each after the policy's own greedy tokens."""
         return self._decode(observation, all_logits=True)[1]
 
     def prompt_ids(self, instruction: str) -> list[int]:
@@ -183,20 +189,42 @@ class OpenVLAPolicy:
         return ids
 
     def pixels(self, observation: Observation) -> Tensor:
-        """Network input float32 [1, 6, S, S] of the observation's camera. Raises SteerError: missing_camera, bad_image."""
-        image = observation.images.get(self.camera)
+        """Network input float32 [1, 6, S, S] of the observation's camera, or of both for the small tower.
+
+        Raises SteerError: missing_camera, bad_image.
+        """
+        size = self.config.image_size
+        if self.config.heatmap is not None:
+            front, wrist = self._image(observation, self.camera), self._image(observation, self.wrist_camera)
+            return camera_values(front, wrist, size, cameras=(self.camera, self.wrist_camera))
+        return pixel_values(libero_image(self._image(observation, self.camera), size, camera=self.camera))
+
+    def state(self, observation: Observation) -> Tensor | None:
+        """Network input float32 [1, STATE_SIZE] of proprioception, None where the policy has none.
+
+        Raises SteerError('bad_state').
+        """
+        if self.config.state_tokens == 0:
+            return None
+        return torch.from_numpy(state_vector(observation.state, self._gripper))[None]
+
+    def _image(self, observation: Observation, camera: str) -> np.ndarray:
+        image = observation.images.get(camera)
         if image is None:
             raise SteerError(
                 "missing_camera",
-                f"the observation has no image of camera {self.camera!r}: {nearest(self.camera, observation.images)}",
+                f"the observation has no image of camera {camera!r}: {nearest(camera, observation.images)}",
             )
-        return pixel_values(libero_image(image, self.config.image_size, camera=self.camera))
+        return image
 
     def _decode(self, observation: Observation, *, all_logits: bool) -> tuple[Tensor, Tensor]:
         weight = self.unembedding
         pixels = self.pixels(observation).to(weight.device, weight.dtype)
         prompt = torch.tensor([self.prompt_ids(observation.instruction)], device=weight.device)
-        return self.model.decode(pixels, prompt, self._announce, all_logits=all_logits)
+        state = self.state(observation)
+        if state is not None:
+            state = state.to(weight.device, weight.dtype)
+        return self.model.decode(pixels, prompt, self._announce, state=state, all_logits=all_logits)
 
     def _announce(self, roles: list[Role]) -> None:
         if self._listener is not None:

@@ -1,0 +1,189 @@
+"""A vision tower small enough to train on a CPU: two cameras in, patch tokens and one token an object class out.
+
+Invariant: an object's place is read off a heatmap by soft-argmax (Levine et al. 2016, arXiv 1504.00702, section 4), so
+the same weights that a privileged label trains in the picture place the object in metres and feed the language model.
+Direct regression of positions needs several times the data. No buffers: all that is stored is a parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from steer_runtime.policies.openvla.config import OpenVLAConfig
+
+STRIDE = 4
+"""Pixels of the network's image to one cell of the first camera's heatmap."""
+_GROUPS = 8
+_FEATURE = 64
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the tower sees. C object classes; places are fractions of the image, column and row from the top left.
+
+    tokens [B, image_tokens, hidden]: patches of the first camera, patches of the wrist camera, objects.
+    heatmap, wrist_heatmap [B, C, cells]: logits over a square grid of cells, row by row. place, wrist_place [B, C, 2].
+    position [B, C, 3]: in the world, m. present, wrist_present [B, C]: logits that it is in the scene, in the picture.
+    """
+
+    tokens: Tensor
+    heatmap: Tensor
+    place: Tensor
+    position: Tensor
+    present: Tensor
+    wrist_heatmap: Tensor
+    wrist_place: Tensor
+    wrist_present: Tensor
+
+
+class HeatmapTower(nn.Module):
+    """Pixels [B, 6, S, S] in [-1, 1], the first camera's channels and then the wrist's, to `Seen`."""
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__()
+        heat = config.heatmap
+        assert heat is not None
+        d, classes = heat.hidden, len(heat.classes)
+        thin, low, mid = d // 8, d // 4, d // 2
+        self.grid = config.image_size // config.patch
+        self.wrist_grid = heat.wrist_grid
+        self.stem = nn.Sequential(_Down(3, thin, kernel=5), _Down(thin, low), _Residual(low))
+        self.middle = nn.Sequential(_Down(low, mid), _Residual(mid))
+        self.bottom = _Down(mid, d)
+        cells = (config.image_size // (4 * STRIDE)) ** 2
+        self.position_embedding = nn.Parameter(torch.zeros(1, cells, d))
+        block = nn.TransformerEncoderLayer(
+            d, heat.heads, 3 * d, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.mixer = nn.TransformerEncoder(block, heat.blocks, enable_nested_tensor=False)
+        self.top_down = nn.Conv2d(d, mid, 1)
+        self.middle_lateral = nn.Conv2d(mid, mid, 1)
+        self.middle_down = nn.Conv2d(mid, _FEATURE, 1)
+        self.stem_lateral = nn.Conv2d(low, _FEATURE, 1)
+        self.heat = nn.Conv2d(_FEATURE, classes, 1)
+        self.offset = nn.Conv2d(_FEATURE, 2 * classes, 1)
+
+        self.wrist_stem = nn.Sequential(_Down(3, thin), _Down(thin, low), _Residual(low))
+        self.wrist_bottom = nn.Sequential(_Down(low, mid), _Residual(mid))
+        self.wrist_down = nn.Conv2d(mid, _FEATURE, 1)
+        self.wrist_lateral = nn.Conv2d(low, _FEATURE, 1)
+        self.wrist_heat = nn.Conv2d(_FEATURE, classes, 1)
+        self.wrist_token = nn.Linear(mid, d)
+
+        self.name = nn.Parameter(torch.randn(classes, _FEATURE) * 0.1)
+        self.locate = _mlp(2 + 2 * _FEATURE, 4)
+        self.glance = _mlp(2 + 2 * _FEATURE, 1)
+        self.object_token = nn.Sequential(
+            nn.Linear(9 + 3 * _FEATURE, d), nn.GELU(), nn.Linear(d, d)
+        )  # places 4, position 3, presences 2, features of both cameras, name
+        # Set from the training data, not trained: where the objects of a class are on average, and how far they spread.
+        self.position_mean = nn.Parameter(torch.zeros(classes, 3), requires_grad=False)
+        self.position_scale = nn.Parameter(torch.full((1,), 0.1), requires_grad=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Tokens [B, image_tokens, hidden]."""
+        return self.see(pixels).tokens
+
+    def see(self, pixels: Tensor) -> Seen:
+        """Everything the tower knows of pixels [B, 6, S, S]."""
+        front, wrist = pixels[:, :3], functional.avg_pool2d(pixels[:, 3:], 2)
+        fine = self.stem(front)
+        middle = self.middle(fine)
+        coarse = self.bottom(middle)
+        mixed = self.mixer(coarse.flatten(2).transpose(1, 2) + self.position_embedding)
+        coarse = mixed.transpose(1, 2).reshape(coarse.shape)
+        joined = functional.gelu(self.middle_lateral(middle) + _twice(self.top_down(coarse)))
+        joined = functional.gelu(self.stem_lateral(fine) + _twice(self.middle_down(joined)))
+        heatmap = self.heat(joined).flatten(2)
+        offset = 0.1 * torch.tanh(self.offset(joined)).unflatten(1, (-1, 2)).flatten(3)
+        place, feature = _read(heatmap, joined, offset)
+
+        wrist_fine = self.wrist_stem(wrist)
+        wrist_coarse = self.wrist_bottom(wrist_fine)
+        wrist_joined = functional.gelu(self.wrist_lateral(wrist_fine) + _twice(self.wrist_down(wrist_coarse)))
+        wrist_heatmap = self.wrist_heat(wrist_joined).flatten(2)
+        wrist_place, wrist_feature = _read(wrist_heatmap, wrist_joined)
+
+        name = self.name.expand(len(pixels), -1, -1)
+        located = self.locate(torch.cat((2 * place - 1, feature, name), -1))
+        relative, present = located[..., :3], located[..., 3]
+        wrist_present = self.glance(torch.cat((2 * wrist_place - 1, wrist_feature, name), -1))[..., 0]
+        objects = self.object_token(
+            torch.cat(
+                (
+                    2 * place - 1,
+                    relative,
+                    torch.sigmoid(present)[..., None],
+                    feature,
+                    2 * wrist_place - 1,
+                    torch.sigmoid(wrist_present)[..., None],
+                    wrist_feature,
+                    name,
+                ),
+                -1,
+            )
+        )
+        patches = functional.adaptive_avg_pool2d(coarse, self.grid).flatten(2).transpose(1, 2)
+        wrist_patches = functional.adaptive_avg_pool2d(wrist_coarse, self.wrist_grid).flatten(2).transpose(1, 2)
+        return Seen(
+            tokens=torch.cat((patches, self.wrist_token(wrist_patches), objects), 1),
+            heatmap=heatmap,
+            place=place,
+            position=self.position_mean + relative * self.position_scale,
+            present=present,
+            wrist_heatmap=wrist_heatmap,
+            wrist_place=wrist_place,
+            wrist_present=wrist_present,
+        )
+
+
+class _Down(nn.Sequential):
+    """Convolution of stride 2, group norm, GELU: [B, in, H, W] -> [B, out, H / 2, W / 2]."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, outputs, kernel, 2, kernel // 2, bias=False), nn.GroupNorm(_GROUPS, outputs), nn.GELU()
+        )
+
+
+class _Residual(nn.Module):
+    """gelu(x + f(x)), f two 3 x 3 convolutions with group norms."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.GroupNorm(_GROUPS, width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.GroupNorm(_GROUPS, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(x + self.body(x))
+
+
+def _mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, outputs))
+
+
+def _twice(x: Tensor) -> Tensor:
+    return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _read(heatmap: Tensor, features: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Soft-argmax: place [B, C, 2] = sum_n p_n (cell_n + offset_n), feature [B, C, F] = sum_n p_n features_n.
+
+    p = softmax(heatmap [B, C, n]); cell centres are fractions of the image; offset [B, C, 2, n] refines them.
+    """
+    weight = heatmap.softmax(-1)
+    side = features.shape[-1]
+    line = (torch.arange(side, device=features.device, dtype=features.dtype) + 0.5) / side
+    cells = torch.stack((line.repeat(side), line.repeat_interleave(side)))
+    where = cells if offset is None else cells + offset
+    place = (weight[:, :, None] * where).sum(-1)
+    return place, torch.einsum("bcn,bfn->bcf", weight, features.flatten(2))
