@@ -77,7 +77,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=1000.0, help="commands a second")
-    parser.add_argument("--control-rate", type=float, default=10.0, help="camera frames a second")
+    parser.add_argument("--control-rate", type=float, default=2.0, help="camera frames a second")
+    parser.add_argument("--policy", default="pocket-untrained", help="name in configs/policies, or a YAML")
     parser.add_argument("--target", default="slow")
     parser.add_argument("--flood-only", action="store_true")
     wanted = parser.parse_args()
@@ -92,7 +93,7 @@ def main() -> int:
 def _compare(wanted: argparse.Namespace) -> int:
     from benchmarks.ros_setup import running_node
 
-    with running_node() as (client, driver):
+    with running_node(wanted.policy) as (client, driver):
         quiet = steady_frames(driver, seconds=wanted.seconds, rate_hz=wanted.control_rate)
         command = [sys.executable, "-m", "benchmarks.command_flood", "--flood-only", "--target", wanted.target]
         process = subprocess.Popen(

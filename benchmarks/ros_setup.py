@@ -1,4 +1,4 @@
-"""What the ROS benchmarks run against: a policy node process with a tiny random policy, and the robot's side of it."""
+"""What the ROS benchmarks run against: a policy node process, and the robot's side of it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 
 @contextmanager
-def running_node(**parameters: Any) -> Iterator[tuple[SteeringClient, Any]]:
-    """An active policy node, a client of it, and a SensorDriver that it answers."""
+def running_node(policy: str, **parameters: Any) -> Iterator[tuple[SteeringClient, Any]]:
+    """An active node with a policy (a name in configs/policies or a YAML), a client of it, and a SensorDriver it answers.
+
+    The direction "slow" that it knows writes twenty random neurons: its cost is that of any direction.
+    """
     sys.path[:0] = [str(TESTS), str(TESTS / "ros")]
-    import fabricate
     from driver import PolicyProcess, SensorDriver
-    from subjects_ros import make_direction, write_policy
+    from subjects_ros import make_direction
 
     from steer_runtime.directions.store import DirectionStore
     from steer_runtime.policies import load_policy
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        policy_yaml = write_policy(root, fabricate)
         store = DirectionStore(root / "directions")
-        store.save(make_direction(load_policy(policy_yaml), "slow", 40.0))
+        store.save(make_direction(load_policy(policy), "slow", 4.0))
         with (
-            PolicyProcess(policy_yaml, root / "directions", **parameters) as process,
+            PolicyProcess(policy, root / "directions", **parameters) as process,
             SensorDriver() as driver,
             SteeringClient(source="benchmark") as client,
         ):

@@ -86,7 +86,7 @@ class NodeProcess:
 class PolicyProcess(NodeProcess):
     """`policy_node` as launched by a user."""
 
-    def __init__(self, policy: Path, store: Path | None, *, domain: int | None = None, **parameters: Any) -> None:
+    def __init__(self, policy: Path | str, store: Path | None, *, domain: int | None = None, **parameters: Any) -> None:
         chosen = {"policy": str(policy), "autostart": True, "torch_threads": 1, **parameters}
         if store is not None:
             chosen["direction_store"] = str(store)
