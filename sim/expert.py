@@ -34,6 +34,10 @@ ROTATION_GAIN = 2.0
 """Action per radian of error: 0.5 rad a step at action 1.0."""
 LEAST_MOVE = 0.06
 """Smallest action towards a goal that is not reached: below it the arm creeps under 1 mm a step."""
+FINGERS_OPEN = 0.077
+"""Distance between the fully open fingers, m."""
+ACROSS = 0.009
+"""How far the object's middle may be from the pads' across the fingers, m: a pad is 1.6 cm wide."""
 OPEN = 0.070
 """Opening from which the fingers count as open, m (7.7 cm at most)."""
 SHUT = 0.003
@@ -167,21 +171,23 @@ def _take(snapshot: Snapshot, target: str, boxes: Boxes, place: Place, style: St
     """The object is not held: come from above, go round it, close."""
     grasp = plan(snapshot, target)
     eef = snapshot.eef
-    off = float(np.linalg.norm(grasp.position[:2] - eef[:2]))
+    error = grasp.position[:2] - eef[:2]
+    off = float(np.linalg.norm(error))
     up = float(eef[2] - grasp.position[2])
     turn = abs(_half_turn(grasp.yaw - hand_yaw(snapshot.rotation)))
     closing = snapshot.gripper_command > 0
     # Once the fingers close, they push the object and the arm a little: keep on unless it is really lost.
     slack = 2.0 if closing else 1.0
     pressing = "robot" in snapshot.touching[target] and 0.0 < up < 0.03  # the palm is on it: no lower
-    around = off < 0.008 * slack and (abs(up) < 0.010 * slack or pressing) and turn < 0.12 * slack
+    beyond = _beyond_reach(error, grasp, slack)
+    around = beyond == 0.0 and (abs(up) < 0.010 * slack or pressing) and turn < 0.15 * slack
     wide = snapshot.opening > (SHUT if closing else min(OPEN, grasp.width + 0.004))
     if around and wide:
         return _act(snapshot, "squeeze", grasp.position, grasp.yaw, 1.0, style, min(style.speed, 0.2))
     hover = float(boxes.high[2]) + HOVER
     travel = max(hover, _highest_on_the_way_of_hand(snapshot, target, grasp) + PASSING_MARGIN + 0.015)
     # A funnel: the further aside (or turned, or with the fingers shut), the higher the hand has to be.
-    aside = max(off - 0.006, 0.0) / 0.25 + max(turn - 0.08, 0.0) * 0.2
+    aside = beyond / 0.3 + max(turn - 0.12, 0.0) * 0.2
     ready = snapshot.opening > OPEN or (snapshot.opening > grasp.width + 0.004 and up < 0.0)
     floor = grasp.position[2] + aside if ready else hover
     height = float(np.clip(floor, grasp.position[2], travel if off > 0.03 else hover))
@@ -194,6 +200,14 @@ def _take(snapshot: Snapshot, target: str, boxes: Boxes, place: Place, style: St
     goal = np.array([*(eef[:2] + share * (grasp.position[:2] - eef[:2])), height])
     near = style.near_speed if off < 0.10 else None
     return _act(snapshot, "approach", goal, grasp.yaw, -1.0, style, style.speed, near)
+
+
+def _beyond_reach(error: np.ndarray, grasp: Grasp, slack: float) -> float:
+    """How much further the object's middle is from the hand's than the open fingers allow, m; error [2]: towards it."""
+    axis = np.array([-np.sin(grasp.yaw), np.cos(grasp.yaw)])
+    along, across = abs(float(error @ axis)), abs(float(error @ np.array([axis[1], -axis[0]])))
+    room = max((FINGERS_OPEN - grasp.width) / 2 - 0.002, 0.004)
+    return float(np.hypot(max(along - room * slack, 0.0), max(across - ACROSS * slack, 0.0)))
 
 
 def _act(
