@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from sim import data_cli
+from sim.training import cli as training_cli
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs; nothing heavy is imported until one runs."""
     app.command("report")(report)
     app.add_typer(data_cli.app)
+    app.add_typer(training_cli.app)
 
 
 def report(

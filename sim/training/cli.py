@@ -1,0 +1,119 @@
+"""`steer train`: vision, policy, learning curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sim.training.settings import Common, VisionTraining
+    from sim.training.trainer import Result, Subject
+
+app = typer.Typer(name="train", help="Train the pocket policy: vision, then actions.", no_args_is_help=True)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A file of configs/training/.")]
+Data = Annotated[Path, typer.Option(help="Directory that the recordings of the file are in.")]
+Out = Annotated[Path, typer.Option(help="Directory of runs; the run's folder bears the name of the file.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after so long; the same command goes on from there.")]
+HELD_OUT_SHARE = 0.03
+"""Share of the training frames that is held out to tell over-fitting from a change of meshes."""
+
+
+@app.command(
+    epilog="Examples:  steer train vision configs/training/vision.yaml --data /var/tmp/steer-data --minutes 30"
+)
+def vision(
+    config: Config, data: Data = Path("out/data"), out: Out = Path("out/train"), minutes: Minutes = None
+) -> None:
+    """Teach the vision tower where objects are. Interrupt it at any moment; the same command resumes."""
+    from sim.training.frame_data import load_frames
+    from sim.training.settings import VisionTraining, read_settings
+    from sim.training.vision import VisionSubject, split
+
+    settings = read_settings(config, VisionTraining)
+    if settings.start is not None:
+        settings = settings.model_copy(update={"start": (config.parent / settings.start).resolve()})
+    every = load_frames([data / folder for folder in settings.frames])
+    learnt, same = split(every, HELD_OUT_SHARE, settings.seed)
+    held_out = {"same": same}
+    if settings.held_out:
+        held_out["held_out"] = load_frames([data / folder for folder in settings.held_out], classes=every.classes)
+    sizes = ", ".join(f"{name} {len(frames)}" for name, frames in {"train": learnt, **held_out}.items())
+    typer.echo(f"frames: {sizes}; classes: {', '.join(every.classes)}", err=True)
+    subject = VisionSubject(settings, learnt, held_out)
+    folder = out / settings.name
+    result = _run(settings, subject, folder, minutes)
+    _export_tower(
+        settings, subject, folder, result, {name: len(frames) for name, frames in held_out.items()}, len(learnt)
+    )
+
+
+@app.command(epilog="Examples:  steer train plot out/train/vision-libero-object")
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are drawn over one another.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: curves.html in the first run.")] = None,
+) -> None:
+    """Draw learning curves from the logs of runs."""
+    from sim.training.log import plot as draw
+
+    typer.echo(draw(runs, out or runs[0] / "curves.html"))
+
+
+def _export_tower(
+    settings: VisionTraining, subject: Subject, folder: Path, result: Result, held_out: dict[str, int], frames: int
+) -> None:
+    from sim.benchmark import versions
+    from sim.training.vision import VisionSubject
+    from sim.training.vision_weights import save_tower
+
+    assert isinstance(subject, VisionSubject)
+    shape = settings.tower
+    scores = dict(subject.validate())
+    about = {
+        "what": "vision tower of the pocket OpenVLA: heatmaps of object classes, two cameras",
+        "data": {
+            "suite_frames": [str(p) for p in settings.frames],
+            "frames": frames,
+            "held_out_frames": held_out,
+            **subject.fingerprint(),
+        },
+        "training": {
+            "configuration": settings.identity(),
+            "steps_done": result.step,
+            "samples": result.step * settings.batch,
+            "hours": round(result.seconds / 3600, 3),
+            "finished": result.finished,
+        },
+        "scores": {name: round(value, 4) for name, value in scores.items()},
+        "versions": versions(),
+        "licence": "Apache-2.0; trained on renderings of LIBERO's scenes (MIT)",
+    }
+    path = save_tower(subject.tower, subject.heat, shape.image_size, shape.patch, folder / "vision", about)
+    typer.echo(f"{path}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+
+
+def _run(settings: Common, subject: Subject, folder: Path, minutes: float | None) -> Result:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sim.training.trainer import Progress as Done
+    from sim.training.trainer import train
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bar:
+        job = bar.add_task("steps", total=settings.steps)
+        smooth: list[float] = []
+
+        def show(done: Done) -> None:
+            smooth.append(done.loss if not smooth else 0.95 * smooth[-1] + 0.05 * done.loss)
+            del smooth[:-1]
+            score = next((f", {k} {v:.2f}" for k, v in reversed(list(done.scores.items())) if "_median" in k), "")
+            bar.update(job, completed=done.step, description=f"loss {smooth[-1]:.3f}{score}")
+
+        result = train(settings, subject, folder, seconds=None if minutes is None else 60 * minutes, on_step=show)
+    if not result.finished:
+        console.print(f"stopped at step {result.step} of {settings.steps}: the same command goes on from there")
+    return result

@@ -1,0 +1,39 @@
+"""Small recordings in the real formats: coloured squares whose places are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sim.demonstrations import build, dump, write_atomically
+
+OBJECTS = ("milk_1", "basket_1", "soup_1")
+COLOURS = np.array([[230, 40, 40], [40, 230, 40], [60, 60, 240]], dtype=np.uint8)
+
+
+def frames_folder(folder: Path, *, shards: int = 2, frames: int = 24, size: int = 64, seed: int = 0) -> Path:
+    """Shards as `steer data frames` writes them; position = (column - 0.5, row - 0.5, 0) m of a 10-pixel square."""
+    for number in range(shards):
+        rng = np.random.default_rng([seed, number])
+        places = rng.uniform(0.1, 0.9, (frames, len(OBJECTS), 2))
+        images = np.full((frames, size, size, 3), 90, dtype=np.uint8)
+        for n in range(frames):
+            for k in range(len(OBJECTS)):
+                column, row = (places[n, k] * size).astype(int)
+                images[n, max(0, row - 5) : row + 5, max(0, column - 5) : column + 5] = COLOURS[k]
+        positions = np.concatenate([places - 0.5, np.zeros((frames, len(OBJECTS), 1))], -1)
+        hand = np.zeros((frames, 1, 3))
+        points = np.concatenate([places, np.ones((frames, len(OBJECTS), 1))], -1)
+        recorded = images[:, ::-1, ::-1]
+        arrays = {
+            "agentview_rgb": np.ascontiguousarray(recorded),
+            "eye_in_hand_rgb": np.ascontiguousarray(recorded),
+            "positions": np.concatenate([positions, hand], 1).astype(np.float32),
+            "agentview_points": np.concatenate([points, hand], 1).astype(np.float32),
+            "eye_in_hand_points": np.concatenate([points, hand], 1).astype(np.float32),
+            "states": np.zeros((frames, 5)),
+        }
+        attributes = {"num_samples": frames, "object_names": dump(list(OBJECTS)), "task": "fabricated"}
+        write_atomically(folder / "shards" / f"shard_{number}.hdf5", build(f"shard_{number}", arrays, attributes, {}))
+    return folder
