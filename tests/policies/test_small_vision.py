@@ -137,7 +137,7 @@ def test_a_missing_wrist_image_and_a_bad_state_are_refused(policy: OpenVLAPolicy
 
 
 def test_a_place_is_the_mean_of_its_heatmap() -> None:
-    tower = HeatmapTower(small_config())
+    tower = HeatmapTower(HEAT, 64, 32)
     with torch.no_grad():
         tower.heat.weight.zero_()
         tower.heat.bias.zero_()

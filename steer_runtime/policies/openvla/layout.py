@@ -60,7 +60,7 @@ def vision_entries(config: OpenVLAConfig) -> list[Entry]:
     """The part of the table that is the vision tower's."""
     if config.heatmap is not None:
         with torch.device("meta"):
-            tower = HeatmapTower(config)
+            tower = HeatmapTower(config.heatmap, config.image_size, config.patch)
         return _module(tower, "vision_backbone.heatmap", "heatmap")
     dino, siglip = config.vits
     patch_shape = (3, config.patch, config.patch)

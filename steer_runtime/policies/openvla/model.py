@@ -106,7 +106,7 @@ class OpenVLAModel(nn.Module):
         self.config = config
         lm = config.lm
         if config.heatmap is not None:
-            self.heatmap = HeatmapTower(config)
+            self.heatmap = HeatmapTower(config.heatmap, config.image_size, config.patch)
         else:
             self.dino = DinoTower(config)
             self.siglip = SiglipTower(config)

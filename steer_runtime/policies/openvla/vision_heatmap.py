@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from steer_runtime.policies.openvla.config import OpenVLAConfig
+from steer_runtime.policies.openvla.config import HeatmapConfig
 
 STRIDE = 4
 """Pixels of the network's image to one cell of the first camera's heatmap."""
@@ -43,18 +43,16 @@ class Seen:
 class HeatmapTower(nn.Module):
     """Pixels [B, 6, S, S] in [-1, 1], the first camera's channels and then the wrist's, to `Seen`."""
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, heat: HeatmapConfig, image_size: int, patch: int) -> None:
         super().__init__()
-        heat = config.heatmap
-        assert heat is not None
         d, classes = heat.hidden, len(heat.classes)
         thin, low, mid = d // 8, d // 4, d // 2
-        self.grid = config.image_size // config.patch
+        self.grid = image_size // patch
         self.wrist_grid = heat.wrist_grid
         self.stem = nn.Sequential(_Down(3, thin, kernel=5), _Down(thin, low), _Residual(low))
         self.middle = nn.Sequential(_Down(low, mid), _Residual(mid))
         self.bottom = _Down(mid, d)
-        cells = (config.image_size // (4 * STRIDE)) ** 2
+        cells = (image_size // (4 * STRIDE)) ** 2
         self.position_embedding = nn.Parameter(torch.zeros(1, cells, d))
         block = nn.TransformerEncoderLayer(
             d, heat.heads, 3 * d, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
