@@ -178,7 +178,9 @@ class Scene:
     # -- episodes ---------------------------------------------------------------------------------------------------
 
     def begin(self, state: np.ndarray, settle: int = SETTLE_STEPS) -> Snapshot:
-        """Start an episode from a flattened simulator state [1 + nq + nv] and let it settle.
+        """Start an episode from a flattened simulator state [1 + nq + nv] and let it settle, as the benchmark does.
+
+        settle: steps; 0 takes the state as it is, for settled states and such from the middle of an episode.
 
         Raises SteerError('bad_state') when the state is not one of this scene.
         """
@@ -194,18 +196,23 @@ class Scene:
         # Contacts and warm start of the episode before would change the first steps of this one.
         self._mujoco.mj_resetData(self.sim.model._model, data)
         self._env.env.timestep, self._env.env.done = 0, False
-        self._env.set_state(given)
-        self.sim.forward()
         robot = self._env.robots[0]
+        # A new controller, at the home pose as after the benchmark's reset: its goal orientation stays in force while
+        # rotation actions are zero.
         robot.reset(deterministic=True)
-        self._env.set_state(given)
         self.sim.forward()
         robot.controller.update(force=True)
         robot.controller.reset_goal()
-        # The gripper ramps its own command from where it stands; start it where the fingers are.
-        fingers = self.sim.data.qpos[robot._ref_gripper_joint_pos_indexes]
-        fraction = float(np.clip((fingers[0] - fingers[1]) / 0.04 - 1.0, -1.0, 1.0))
-        robot.gripper.current_action = np.array([fraction, -fraction])
+        self._env.set_state(given)
+        self.sim.forward()
+        robot.gripper.current_action = np.zeros(1)
+        if settle == 0:
+            # Go on from here. The benchmark's own start has the controller pull towards the home pose for one step, and
+            # the gripper ramp up from its middle, which settling then evens out.
+            robot.controller.update(force=True)
+            fingers = self.sim.data.qpos[robot._ref_gripper_joint_pos_indexes]
+            fraction = float(np.clip((fingers[0] - fingers[1]) / 0.04 - 1.0, -1.0, 1.0))
+            robot.gripper.current_action = np.array([fraction, -fraction])
         for observable in self._env.env._observables.values():
             observable.reset()
         self._env.env._post_process()
@@ -270,6 +277,8 @@ class Scene:
         """
         if not self._renders:
             raise SteerError("no_renderer", "this scene was built without a renderer; build it with render=True")
+        # Another scene of this process may have made its own context the current one.
+        self.sim._render_context_offscreen.gl_ctx.make_current()
         return np.ascontiguousarray(self.sim.render(height=size, width=size, camera_name=CAMERAS[camera]))
 
     def thin_meshes(self) -> Decimated:
