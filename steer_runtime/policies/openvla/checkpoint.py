@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.config import emit_config, read_config
-from steer_runtime.policies.openvla.layout import NOT_PERSISTENT, Entry, Target, entries, zero_filled
+from steer_runtime.policies.openvla.base import EMBEDDING, BaseConfig, read_base
+from steer_runtime.policies.openvla.config import OpenVLAConfig, emit_config, read_config
+from steer_runtime.policies.openvla.layout import NOT_PERSISTENT, OWN_ROWS, Entry, Target, entries, zero_filled
 from steer_runtime.policies.openvla.model import OpenVLAModel
 
 WINDOW_BYTES = 16 << 20
@@ -60,7 +61,7 @@ def load_checkpoint(
     """Model of a checkpoint directory, in evaluation mode, without gradients. dtype None keeps the file's.
 
     Raises SteerError: no_checkpoint, pickle_refused, missing_shard, torn_file, bad_model_config, missing_weights,
-    unexpected_weights, misshaped_weights.
+    unexpected_weights, misshaped_weights; with a base file also no_base, other_base.
     """
     if not directory.is_dir():
         raise SteerError(
@@ -86,6 +87,8 @@ def load_checkpoint(
     for name in zero_filled(config):
         parameters[name].data.zero_()
     _stream(table, stored, parameters)
+    if config.base is not None:
+        _fill_from_base(config, config.base, parameters)
     return model.requires_grad_(False).eval(), report
 
 
@@ -264,6 +267,19 @@ def _stream(table: list[Entry], stored: Mapping[str, _Stored], parameters: Mappi
             del tensor
 
 
+def _fill_from_base(config: OpenVLAConfig, base: BaseConfig, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Raises SteerError as `read_base`, and 'misshaped_weights'."""
+    for name, value in read_base(base, config.lm.heads, config.lm.kv_heads):
+        place = parameters[name].data
+        if name == EMBEDDING:
+            place = place[: base.words]
+        if place.shape != value.shape:
+            raise SteerError(
+                "misshaped_weights", f"{base.file} gives {name} {list(value.shape)}, expected {list(place.shape)}"
+            )
+        place.copy_(value)
+
+
 def _addressed(target: Target, parameter: Tensor) -> Tensor:
     return parameter.narrow(target.dim, target.offset, parameter.shape[target.dim] - target.offset)
 
@@ -309,7 +325,7 @@ def _write_shards(model: OpenVLAModel, directory: Path, shard_bytes: int) -> Non
 
 
 def _embedding_key(table: Iterable[Entry]) -> str:
-    return next(e.key for e in table if e.key.endswith("embed_tokens.weight"))
+    return next(e.key for e in table if e.key.endswith(("embed_tokens.weight", OWN_ROWS)))
 
 
 def _listing(names: Iterable[str], limit: int = 5) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.base import BaseConfig
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class OpenVLAConfig:
 
     The vision is dino and siglip together, as published, or heatmap alone; then patch is the side of the image that one
     of its patch tokens stands for. state_tokens: soft tokens of proprioception between image and prompt (published: 0).
-    chunk: actions of one inference (published: 1).
+    chunk: actions of one inference (published: 1). base: a published file that holds part of the weights.
     usable_vocab: first id that is not a token; action tokens are the n_bins ids below it. append_token_id: the token
     Llama's tokenizer puts after "Out:" in training (29871), None for tokenizers without it. restrict_to_action_tokens:
     decode among action tokens only; the published policy decodes among all. trained: False for random weights.
@@ -79,6 +80,7 @@ class OpenVLAConfig:
     dino: ViTConfig | None = None
     siglip: ViTConfig | None = None
     heatmap: HeatmapConfig | None = None
+    base: BaseConfig | None = None
     state_tokens: int = 0
     chunk: int = 1
     image_size: int = 224
@@ -123,6 +125,8 @@ class OpenVLAConfig:
             problems.append(
                 f"{self.max_tokens} prefill tokens and {self.action_tokens - 1} more exceed the lm's {self.lm.max_positions} positions"
             )
+        if self.base is not None and (len(self.base.layers) != self.lm.layers or not self.lm.tied):
+            problems.append("base needs a tied embedding and as many layers as the lm")
         if self.lm.layers < 1:
             problems.append("lm has no layers")
         if problems:
@@ -240,6 +244,10 @@ def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
     unknown = set(ours) - {f.name for f in fields(OpenVLAConfig)}
     if unknown:
         raise SteerError("bad_model_config", f"config.json's section steer_runtime has unknown keys {sorted(unknown)}")
+    if "base" in ours:
+        base = dict(ours.pop("base"))
+        numbers, names = tuple(int(i) for i in base.pop("layers")), tuple(str(t) for t in base.pop("tensors"))
+        ours["base"] = BaseConfig(**base, layers=numbers, tensors=names)
     dino: ViTConfig | None = None
     siglip: ViTConfig | None = None
     if "heatmap" in ours:
@@ -265,9 +273,9 @@ def emit_config(config: OpenVLAConfig) -> dict[str, Any]:
     ours = {
         f.name: getattr(config, f.name)
         for f in fields(OpenVLAConfig)
-        if f.name not in {"dino", "siglip", "heatmap", "lm", "norm_stats", "n_bins"}
+        if f.name not in {"dino", "siglip", "heatmap", "base", "lm", "norm_stats", "n_bins"}
     }
-    towers = {"dino": config.dino, "siglip": config.siglip, "heatmap": config.heatmap}
+    parts = {"dino": config.dino, "siglip": config.siglip, "heatmap": config.heatmap, "base": config.base}
     return {
         "model_type": "openvla",
         "n_action_bins": config.n_bins,
@@ -290,5 +298,5 @@ def emit_config(config: OpenVLAConfig) -> dict[str, Any]:
             "bos_token_id": lm.bos_token_id,
         },
         "norm_stats": dict(config.norm_stats),
-        "steer_runtime": {**ours, **{name: asdict(tower) for name, tower in towers.items() if tower is not None}},
+        "steer_runtime": {**ours, **{name: asdict(part) for name, part in parts.items() if part is not None}},
     }

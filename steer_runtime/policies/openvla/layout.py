@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from steer_runtime.policies.openvla.base import EMBEDDING, BaseConfig
 from steer_runtime.policies.openvla.config import OpenVLAConfig, ViTConfig
 from steer_runtime.policies.openvla.proprioception import StateEncoder
 from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
@@ -46,6 +47,10 @@ class Entry:
 
 NOT_PERSISTENT = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|mask_token|rope\.freqs)$")
 """Derived entries that some exports carry; they are reported and not read."""
+
+
+OWN_ROWS = "language_model.model.embed_tokens.own_rows"
+"""Rows of the embedding that a base file does not have: action tokens and padding."""
 
 
 def entries(config: OpenVLAConfig) -> list[Entry]:
@@ -221,4 +226,18 @@ def _llama(config: OpenVLAConfig) -> list[Entry]:
     shapes["model.norm.weight"] = (d,)
     if not lm.tied:
         shapes["lm_head.weight"] = (lm.vocab_rows, d)
+    if config.base is not None:
+        return _beside_base(config, config.base, shapes)
     return [_one(f"language_model.{name}", shape, f"language_model.{name}") for name, shape in shapes.items()]
+
+
+def _beside_base(config: OpenVLAConfig, base: BaseConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """What a checkpoint stores itself when the rest is a published file's: the embedding only below the file's rows."""
+    lm = config.lm
+    own_rows = Target(EMBEDDING, dim=0, offset=base.words)
+    table = [Entry(OWN_ROWS, (lm.vocab_rows - base.words, lm.d_model), (own_rows,))]
+    for name, shape in shapes.items():
+        key = f"language_model.{name}"
+        if key != EMBEDDING and key not in base.tensors:
+            table.append(_one(key, shape, key))
+    return table
