@@ -42,6 +42,10 @@ OPEN = 0.070
 """Opening from which the fingers count as open, m (7.7 cm at most)."""
 SHUT = 0.003
 """Opening under which the closed fingers hold nothing, m."""
+COLUMN = 0.04
+"""How near to the place's middle, m, an object may start to come down."""
+FITS_INSIDE, FITS_ON = 0.02, 0.012
+"""How near it has to be to go below a container's rim, or to be put down on something, m."""
 RIM_MARGIN = 0.03
 """Height above the place's rim at which an object crosses it, m."""
 PASSING_MARGIN = 0.02
@@ -126,7 +130,7 @@ def _retreat(snapshot: Snapshot, boxes: Boxes, place: Place, style: Style) -> De
         # Fingers that still touch the object would take it along.
         return _act(snapshot, "release", snapshot.eef, None, -1.0, style, 0.0)
     top = max(place.rim, float(boxes.high[2])) + 0.14
-    if snapshot.eef[2] > top - 0.01:
+    if snapshot.eef[2] > top - 0.02:
         return _act(snapshot, "rest", snapshot.eef, None, -1.0, style, 0.0)
     return _act(snapshot, "retreat", np.array([*snapshot.eef[:2], top + 0.03]), None, -1.0, style, style.speed)
 
@@ -145,15 +149,19 @@ def _deliver(snapshot: Snapshot, target: str, boxes: Boxes, place: Place, goal: 
         carry = max(carry, _ground(snapshot, place, goal) + style.height)
     # The hand is wider than the basket: its lowest part, 3 cm above the grip site, stays above the rim.
     rest = max(place.rim - 0.035 - below, place.ground + 0.015) if place.inside else place.ground + 0.003
-    depth = float(np.clip((carry - low) / max(carry - rest, 1e-3), 0.0, 1.0))
-    funnel = 0.012 + 0.012 * depth
     yaw = 0.0 if place.inside else hand_yaw(snapshot.rotation)
     near = style.near_speed if style.near_speed is not None and off < 0.10 else None
-    if off < funnel or (off < funnel + 0.01 and low < place.rim):
+    if off < COLUMN:
+        fits = off < (FITS_INSIDE if place.inside else FITS_ON)
+        # Opening has begun already: do not close again for a few millimetres.
+        slack = 0.025 if snapshot.gripper_command < 0 else 0.008
         landed = not place.inside and goal.owner in snapshot.touching[target] and low < rest + 0.03
-        if low < rest + 0.008 or landed or (place.inside and low < place.rim - 0.02 and not snapshot.airborne(target)):
+        sunk = place.inside and low < place.rim - 0.02 and not snapshot.airborne(target)
+        if (fits or low < place.rim - 0.02) and (low < rest + slack or landed or sunk):
             return _act(snapshot, "release", eef, yaw, -1.0, style, 0.0)
-        return _act(snapshot, "lower", np.array([*aim, rest + below]), yaw, 1.0, style, style.speed, near)
+        # Come down and nearer at once, but not below the rim before it fits.
+        down = rest if fits or low < place.rim - 0.02 else min(crossing, carry)
+        return _act(snapshot, "lower", np.array([*aim, down + below]), yaw, 1.0, style, style.speed, near)
     if low < carry - 0.015:
         # Start across only in the last centimetres of the rise, so that nothing is swept away at a low height.
         share = float(np.clip((low - (carry - 0.05)) / 0.03, 0.0, 1.0)) if snapshot.airborne(target) else 0.0

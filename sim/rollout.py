@@ -136,7 +136,7 @@ def run(
     done, rested, index = False, 0, 0
     while index < step_limit and rested < REST_STEPS:
         advice = decide(snapshot, target, scene.goal, style)
-        rested = rested + 1 if advice.phase == "rest" else 0
+        rested += advice.phase == "rest"
         executed = np.asarray(actor(snapshot, advice), dtype=np.float64)
         if on_step is not None:
             on_step(Step(index, snapshot, advice, executed))
