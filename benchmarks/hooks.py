@@ -25,9 +25,10 @@ FORTY, EVERY = "40 neurons in 10 layers", "4 neurons in every layer"
 
 def main(
     rounds: int = typer.Option(40, help="Rounds of the side-by-side timing; decoding takes twice as many."),
+    threads: int = typer.Option(2, help="Threads of torch."),
 ) -> None:
     """Print prefill and decode ratios to the unhooked model; exit 1 when a limit is missed."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     subject = LanguageModel()
     tower = subject.towers["lm"]
     directions = {
