@@ -305,7 +305,7 @@ class SteeringEngine:
 
     def _check_dtype(self, direction: Direction) -> None:
         """Values that overflow the tower's dtype would become infinite in the buffers."""
-        dtype = self._neurons[direction.tower][0].scale.dtype
+        dtype = self._neurons[direction.tower][0].weight.dtype
         largest = max(float(np.abs(a).max()) for a in direction.tensors().values() if a.dtype == np.float32)
         if largest > torch.finfo(dtype).max:
             raise SteerError(
@@ -398,7 +398,7 @@ class SteeringEngine:
         sites = self._neurons[tower.name]
         plans: dict[int, NeuronPlan] = {}
         if applied:
-            plans = _neuron_plans(tower, applied, like=sites[0].scale)
+            plans = _neuron_plans(tower, applied, like=sites[0].coefficients)
         for site in sites:
             plan = plans.get(site.layer)
             if plan is not None or site.plan is not None:
@@ -473,7 +473,7 @@ def _neuron_plans(tower: Tower, applied: Sequence[_Applied], like: Tensor) -> di
     plans = {}
     layers, starts = np.unique(flat // tower.d_ff, return_index=True)
     index = torch.from_numpy(flat % tower.d_ff).to(like.device)
-    values = [torch.from_numpy(array).to(like) for array in (scale, shift, low, high)]
+    coefficients = torch.from_numpy(np.stack((scale, shift, low, high))).to(like)
     span_tensor = torch.from_numpy(spans).to(like.device)
     pinned = (scale == 0) & np.isneginf(low) & np.isposinf(high)
     for layer, start, stop in zip(layers.tolist(), starts, [*starts[1:], len(flat)], strict=True):
@@ -482,10 +482,7 @@ def _neuron_plans(tower: Tower, applied: Sequence[_Applied], like: Tensor) -> di
         plans[layer] = NeuronPlan(
             neurons=tuple((flat[part] % tower.d_ff).tolist()),
             index=index[part],
-            scale=values[0][part],
-            shift=values[1][part],
-            low=values[2][part],
-            high=values[3][part],
+            coefficients=coefficients[:, part],
             spans=span_tensor[part],
             pinned=bool(pinned[part].all()),
             span=int(masks[0]) if len(masks) == 1 else None,

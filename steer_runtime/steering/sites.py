@@ -94,7 +94,7 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class NeuronPlan:
-    """Writes of one layer in one latch. index int64 [K]; scale, shift, low, high [K] in the tower's dtype; spans int32 [K].
+    """Writes of one layer in one latch. index int64 [K]; coefficients [4, K], rows scale, shift, low, high, in the tower's dtype; spans int32 [K].
 
     pinned: every write is a full override (scale 0, no bounds), so the new values are `shift` itself.
     span: the mask all neurons share, or None when they differ.
@@ -102,10 +102,7 @@ class NeuronPlan:
 
     neurons: tuple[int, ...]
     index: Tensor
-    scale: Tensor
-    shift: Tensor
-    low: Tensor
-    high: Tensor
+    coefficients: Tensor
     spans: Tensor
     pinned: bool
     span: int | None
@@ -217,11 +214,9 @@ class NeuronSite(_Site):
         self.weight = weight
         self._doses = doses
         self.plan: NeuronPlan | None = None
-        like = {"dtype": weight.dtype, "device": weight.device}
-        self.scale = torch.ones(tower.d_ff, **like)  # type: ignore[call-overload]
-        self.shift = torch.zeros(tower.d_ff, **like)  # type: ignore[call-overload]
-        self.low = torch.full((tower.d_ff,), -torch.inf, **like)  # type: ignore[call-overload]
-        self.high = torch.full((tower.d_ff,), torch.inf, **like)  # type: ignore[call-overload]
+        # Rows scale, shift, low, high in one buffer: a compiled graph pays for every tensor it is handed.
+        identity = torch.tensor([1.0, 0.0, -torch.inf, torch.inf], dtype=weight.dtype, device=weight.device)
+        self.coefficients = identity[:, None].repeat(1, tower.d_ff)
         self.spans = torch.zeros(tower.d_ff, dtype=torch.int32, device=weight.device)
 
     def set(self, plan: NeuronPlan | None) -> None:
@@ -229,10 +224,7 @@ class NeuronSite(_Site):
         if self.plan is not None:
             self.spans.index_fill_(0, self.plan.index, 0)
         if plan is not None:
-            self.scale.index_copy_(0, plan.index, plan.scale)
-            self.shift.index_copy_(0, plan.index, plan.shift)
-            self.low.index_copy_(0, plan.index, plan.low)
-            self.high.index_copy_(0, plan.index, plan.high)
+            self.coefficients.index_copy_(1, plan.index, plan.coefficients)
             self.spans.index_copy_(0, plan.index, plan.spans)
         self.plan = plan
 
@@ -259,7 +251,8 @@ class NeuronSite(_Site):
         f = args[0]
         self.compiled_firings.add_(1)
         inside = (self._layout.bits[: f.shape[-2], None] & self.spans) != 0
-        changed = torch.clamp(f * self.scale + self.shift, self.low, self.high)
+        scale, shift, low, high = self.coefficients.unbind()
+        changed = torch.clamp(f * scale + shift, low, high)
         return (torch.where(inside, changed, f), *args[1:])
 
     def _eager(self, args: tuple[Tensor, ...], plan: NeuronPlan) -> tuple[Tensor, ...] | None:
@@ -272,10 +265,11 @@ class NeuronSite(_Site):
         if replaced:
             f = f.clone()
         if plan.pinned and everywhere and self._doses is None:
-            f.index_copy_(-1, plan.index, plan.shift.expand(*f.shape[:-1], -1))
+            f.index_copy_(-1, plan.index, plan.coefficients[1].expand(*f.shape[:-1], -1))
         else:
             before = f.index_select(-1, plan.index)
-            after = torch.clamp(before * plan.scale + plan.shift, plan.low, plan.high)
+            scale, shift, low, high = plan.coefficients.unbind()
+            after = torch.clamp(before * scale + shift, low, high)
             if not everywhere:
                 inside = (layout.bits[:, None] & plan.spans) != 0
                 after = torch.where(inside, after, before)

@@ -387,7 +387,7 @@ def test_a_failing_hook_falls_back_to_baseline_with_an_alarm(policy: OpenVLAPoli
         site = steering.engine._neurons["lm"][1]
         assert site.plan is not None
         # Eight values for one neuron: what a torn buffer would look like.
-        site.plan = dataclasses.replace(site.plan, pinned=False, shift=torch.zeros(8))
+        site.plan = dataclasses.replace(site.plan, pinned=False, coefficients=torch.zeros(4, 8))
         after = logits(policy)
         steering.engine.finish()
         state = steering.engine.state()
