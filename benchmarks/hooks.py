@@ -6,6 +6,7 @@ python -m benchmarks.hooks [--rounds 40]
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,9 +14,10 @@ import nnsight
 import numpy as np
 import torch
 import typer
+from torch import nn
 
 from benchmarks.ratios import Variant, show, side_by_side
-from benchmarks.smollm2 import PREFILL, LanguageModel, overrides
+from benchmarks.smollm2 import PREFILL, PROMPT_ROLES, LanguageModel, overrides
 from steer_runtime.directions.direction import Direction
 from steer_runtime.steering.offline import OfflineSteering
 from steer_runtime.steering.seed import seed_override
@@ -36,17 +38,20 @@ def main(
         EVERY: overrides(tower, range(30), 4, "every"),
     }
     with torch.inference_mode():
-        kept = show(
-            f"eager prefill of {PREFILL} tokens",
-            side_by_side(_variants(subject, directions, subject.prefill, 1.01, None), rounds=rounds),
-        )
         cache = subject.filled_cache()
-        kept &= show(
-            "eager single-token decode",
-            side_by_side(
-                _variants(subject, directions, lambda: subject.decode(cache), 1.03, cache), rounds=2 * rounds, calls=5
-            ),
-        )
+        kept = True
+        for phase, tokens, forward, limit, filled in (
+            (f"eager prefill of {PREFILL} tokens", PREFILL, subject.prefill, 1.01, None),
+            ("eager single-token decode", 1, lambda: subject.decode(cache), 1.03, cache),
+        ):
+            variants = _variants(subject, directions, forward, limit, filled)
+            rest = {"rounds": rounds} if tokens > 1 else {"rounds": 2 * rounds, "calls": 5}
+            ratios = side_by_side(variants, **rest)
+            kept &= show(phase, ratios)
+            for label, direction in directions.items():
+                spent = _hooks_alone(subject, direction, tokens)
+                share = spent / (ratios[0].floor_ms / 1e3)
+                print(f"{phase}, {label}: the hooks alone take {spent * 1e6:.0f} us = {share:.2%} of the forward\n")
     sys.exit(0 if kept else 1)
 
 
@@ -71,6 +76,33 @@ def _variants(
             Variant(f"nnsight, {label}", _Nnsight(subject, direction, cache)),
         ]
     return variants
+
+
+def _hooks_alone(subject: LanguageModel, direction: Direction, tokens: int) -> float:
+    """Seconds for one call of every hook on tensors of the real shape: what a forward pays, without the forward's noise."""
+    tower = subject.towers["lm"]
+    f, h = torch.randn(1, tokens, tower.d_ff), torch.randn(1, tokens, tower.d_model)
+    blank = [nn.Identity() for _ in range(2 * tower.layers + 1)]
+    steering = OfflineSteering(subject, [direction])  # type: ignore[arg-type]
+    times = []
+    with _steered(steering, {direction.name: 1.0}):
+        subject.announce(PROMPT_ROLES if tokens > 1 else ("action",))
+        for module, site in zip(blank, steering.engine.sites, strict=True):
+            if site.kind == "neurons":
+                module.register_forward_pre_hook(site.hook)
+            else:
+                module.register_forward_hook(site.hook)
+        inputs = [f if site.kind == "neurons" else h for site in steering.engine.sites]
+        bare = nn.Identity()
+        for _ in range(200):
+            began = time.perf_counter()
+            for module, tensor in zip(blank, inputs, strict=True):
+                module(tensor)
+            hooked = time.perf_counter()
+            for tensor in inputs:
+                bare(tensor)
+            times.append(2 * hooked - began - time.perf_counter())
+    return float(np.quantile(times, 0.25))
 
 
 @contextmanager

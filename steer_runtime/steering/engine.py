@@ -203,7 +203,7 @@ class SteeringEngine:
         self._interrupted = False
         for layout in self._layouts.values():
             layout.begin()
-        sites = self._sites()
+        sites = self.sites
         for site in sites:
             site.begin()
         torch._foreach_zero_([site.compiled_firings for site in sites])
@@ -339,7 +339,7 @@ class SteeringEngine:
         self._silence()
 
     def _silence(self) -> None:
-        for site in self._sites():
+        for site in self.sites:
             site.silence()
 
     def _verdict(self, accepted: bool, code: str, sentence: str, command: SteeringCommand, strength: float) -> Verdict:
@@ -362,7 +362,9 @@ class SteeringEngine:
 
     # -- latching (inference thread) ----------------------------------------------------------------------------
 
-    def _sites(self) -> list[NeuronSite | DenseSite]:
+    @property
+    def sites(self) -> list[NeuronSite | DenseSite]:
+        """Every hooked site: the neuron sites of all towers, then their residual sites."""
         neurons = [site for sites in self._neurons.values() for site in sites]
         return [*neurons, *(site for sites in self._dense.values() for site in sites)]
 
