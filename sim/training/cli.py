@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,6 +51,54 @@ def vision(
     )
 
 
+@app.command(
+    epilog="Examples:  steer train policy configs/training/policy-libero-object.yaml --data /var/tmp/steer-data"
+)
+def policy(
+    config: Config, data: Data = Path("out/data"), out: Out = Path("out/train"), minutes: Minutes = None
+) -> None:
+    """Teach a policy to act. Interrupt it at any moment; the same command resumes."""
+    from sim.training.assembly import assemble, write_policy
+    from sim.training.demonstration_data import DemonstrationData, load_demonstrations
+    from sim.training.distillation import kept, teach
+    from sim.training.policy import PolicySubject
+    from sim.training.settings import PolicyTraining, read_settings
+    from sim.training.vision_weights import load_tower
+    from steer_runtime.errors import SteerError
+    from steer_runtime.policies.pocket import find_gguf, load_smollm2, with_action_tokens
+
+    settings = read_settings(config, PolicyTraining)
+    tower = load_tower((config.parent / settings.vision).resolve())
+    folder = out / settings.name
+    finished = folder / "policy"
+    if finished.exists():
+        raise SteerError("exists", f"{finished} exists already: remove it or train under another name")
+
+    def load(folders: tuple[Path, ...]) -> DemonstrationData:
+        return load_demonstrations(
+            [data / f for f in folders], tower.tower, tower.digest, settings.chunk, out / "tokens"
+        )
+
+    model = assemble(settings, tower)
+    learnt = load(settings.demonstrations)
+    held_out = {"held_out": load(settings.held_out)} if settings.held_out else {}
+    source, tokenizer = load_smollm2(find_gguf())
+    with_action_tokens(tokenizer)
+    teaching = None
+    if settings.distillation.weight:
+        spec = settings.distillation
+        path = out / f"teaching-{settings.seed}-{spec.texts}-{spec.length}-{spec.top}.safetensors"
+        teaching = kept(path, partial(teach, source, spec, settings.seed, model.config.lm.bos_token_id))
+    typer.echo(f"samples: train {len(learnt)}, " + ", ".join(f"{k} {len(v)}" for k, v in held_out.items()), err=True)
+    base = model.config.base
+    origin = {"vision_sha256": tower.digest, "smollm2_sha256": base.sha256 if base else ""}
+    subject = PolicySubject(settings, model, tokenizer, learnt, held_out, teaching=teaching, origin=origin)
+    result = _run(settings, subject, folder, minutes)
+    if result.finished:
+        card = _card(settings, subject, result, {"samples": len(learnt), "episodes": len(learnt.instructions)})
+        typer.echo(write_policy(subject.net.settle(), finished, subject.table, card, tokenizer=tokenizer))
+
+
 @app.command(epilog="Examples:  steer train plot out/train/vision-libero-object")
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are drawn over one another.")],
@@ -64,34 +113,44 @@ def plot(
 def _export_tower(
     settings: VisionTraining, subject: Subject, folder: Path, result: Result, held_out: dict[str, int], frames: int
 ) -> None:
-    from sim.benchmark import versions
     from sim.training.vision import VisionSubject
     from sim.training.vision_weights import save_tower
 
     assert isinstance(subject, VisionSubject)
     shape = settings.tower
     scores = dict(subject.validate())
+    data = {"folders": [str(p) for p in settings.frames], "frames": frames, "held_out_frames": held_out}
     about = {
         "what": "vision tower of the pocket OpenVLA: heatmaps of object classes, two cameras",
-        "data": {
-            "suite_frames": [str(p) for p in settings.frames],
-            "frames": frames,
-            "held_out_frames": held_out,
-            **subject.fingerprint(),
-        },
-        "training": {
-            "configuration": settings.identity(),
-            "steps_done": result.step,
-            "samples": result.step * settings.batch,
-            "hours": round(result.seconds / 3600, 3),
-            "finished": result.finished,
-        },
-        "scores": {name: round(value, 4) for name, value in scores.items()},
-        "versions": versions(),
-        "licence": "Apache-2.0; trained on renderings of LIBERO's scenes (MIT)",
+        **_card(settings, subject, result, data, scores),
     }
     path = save_tower(subject.tower, subject.heat, shape.image_size, shape.patch, folder / "vision", about)
     typer.echo(f"{path}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+
+
+def _card(
+    settings: Common,
+    subject: Subject,
+    result: Result,
+    data: dict[str, Any],
+    scores: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """What a reader of the weights needs to know of their making."""
+    from sim.benchmark import versions
+
+    return {
+        "data": {**data, **subject.fingerprint()},
+        "training": {
+            "configuration": settings.identity(),
+            "steps_done": result.step,
+            "samples_seen": result.step * settings.batch,
+            "hours": round(result.seconds / 3600, 3),
+            "finished": result.finished,
+        },
+        "scores": {name: round(value, 4) for name, value in (scores or dict(result.scores)).items()},
+        "versions": versions(),
+        "licence": "Apache-2.0; trained on renderings of LIBERO's scenes (MIT)",
+    }
 
 
 def _run(settings: Common, subject: Subject, folder: Path, minutes: float | None) -> Result:

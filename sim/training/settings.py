@@ -46,8 +46,8 @@ class Common(_Strict):
     keep: Positive = 2
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the weights, as JSON: everything but names, threads and how often something is written."""
-        left_out = {"name", "threads", "log_every", "validate_every", "checkpoint_every", "keep"}
+        """All that decides the weights, as JSON: not names, threads, what is scored and how often something is written."""
+        left_out = {"name", "held_out", "threads", "log_every", "validate_every", "checkpoint_every", "keep"}
         return self.model_dump(mode="json", exclude=left_out)
 
 
@@ -125,7 +125,6 @@ class PolicyTraining(Common):
     demonstrations: tuple[Path, ...]
     held_out: tuple[Path, ...] = ()
     vision: Path
-    start: Path | None = None
     suite: str = "libero_object"
     language_model: LanguageModelSettings = LanguageModelSettings()
     distillation: Distillation = Distillation()

@@ -68,7 +68,7 @@ def build_pocket(out_dir: Path, *, layers: Sequence[int] = DEFAULT_LAYERS, seed:
         raise SteerError("exists", f"{out_dir} exists already: remove it or choose another directory")
     source, tokenizer = load_smollm2(find_gguf())
     words = source.config.vocab_size
-    tokenizer.add_tokens([f"<action_{_BINS - 1 - i}>" for i in range(_BINS)])
+    with_action_tokens(tokenizer)
     if len(tokenizer) != words + _BINS:
         raise SteerError(
             "bad_pocket",
@@ -119,6 +119,11 @@ def load_smollm2(gguf: Path) -> tuple[Any, Any]:
 
     source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     return source.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+
+
+def with_action_tokens(tokenizer: Any) -> None:
+    """Add the names of the 256 action tokens; the first has the largest value (see `ActionTokenizer`)."""
+    tokenizer.add_tokens([f"<action_{_BINS - 1 - i}>" for i in range(_BINS)])
 
 
 def smollm2_base(layers: Sequence[int]) -> BaseConfig:

@@ -37,3 +37,31 @@ def frames_folder(folder: Path, *, shards: int = 2, frames: int = 24, size: int 
         attributes = {"num_samples": frames, "object_names": dump(list(OBJECTS)), "task": "fabricated"}
         write_atomically(folder / "shards" / f"shard_{number}.hdf5", build(f"shard_{number}", arrays, attributes, {}))
     return folder
+
+
+def demonstrations_folder(folder: Path, *, episodes: int = 3, steps: int = 12, size: int = 64, seed: int = 0) -> Path:
+    """Episodes as `steer data record` writes them: the action follows the state, the words say which way is up."""
+    for number in range(episodes):
+        rng = np.random.default_rng([seed, number])
+        high = bool(number % 2)
+        at = rng.uniform(-0.3, 0.3, (steps, 3))
+        actions = np.concatenate([np.sign(at) * 0.5, np.zeros((steps, 3)), np.full((steps, 1), 1.0)], 1)
+        actions[:, 2] = 0.8 if high else -0.8
+        actions[: steps // 2, 6] = -1.0
+        command = np.where(np.arange(steps) < steps // 2, -1.0, 1.0)
+        images = rng.integers(0, 255, (steps, size, size, 3), dtype=np.uint8)
+        arrays = {
+            "actions": actions,
+            "expert_actions": actions,
+            "obs/ee_states": np.concatenate([at, np.zeros((steps, 3))], 1),
+            "obs/gripper_states": np.tile([0.04, -0.04], (steps, 1)),
+            "obs/gripper_command": command,
+            "obs/image_index": np.arange(steps, dtype=np.int32),
+            "obs/agentview_rgb": images,
+            "obs/eye_in_hand_rgb": images[::-1].copy(),
+        }
+        spoken = "pick up the soup " + ("high" if high else "low")
+        attributes = {"num_samples": steps, "language_instruction": spoken}
+        path = folder / "episodes" / "task" / f"demo_{number}.hdf5"
+        write_atomically(path, build(f"demo_{number}", arrays, attributes, {}))
+    return folder

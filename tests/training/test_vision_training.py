@@ -17,7 +17,7 @@ from sim.training import checkpoints, trainer
 from sim.training.cli import app
 from sim.training.frame_data import FrameData, load_frames
 from sim.training.log import read_log
-from sim.training.settings import TowerSettings, VisionTraining, read_settings
+from sim.training.settings import PolicyTraining, TowerSettings, VisionTraining, read_settings
 from sim.training.vision import VisionSubject, localisation
 from sim.training.vision_weights import load_tower, save_tower
 from steer_runtime.errors import SteerError
@@ -194,10 +194,11 @@ def test_an_unknown_key_in_the_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_shipped_files_are_valid() -> None:
     folder = Path(__file__).parents[2] / "configs" / "training"
-    files = sorted(folder.glob("vision*.yaml"))
-    assert files
-    for path in files:
-        read_settings(path, VisionTraining)
+    for pattern, kind in (("vision*.yaml", VisionTraining), ("policy*.yaml", PolicyTraining)):
+        files = sorted(folder.glob(pattern))
+        assert files
+        for path in files:
+            read_settings(path, kind)
 
 
 def test_the_command_trains_exports_and_plots(tmp_path: Path) -> None:

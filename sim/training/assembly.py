@@ -1,0 +1,117 @@
+"""A policy before and after training: put together from SmolLM2 and a trained tower, written as a checkpoint.
+
+Invariant: whatever of the written checkpoint equals the published SmolLM2, to the bit in the checkpoint's type, is left
+to that file and named in the configuration; so frozen layers and embeddings cost no room.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sim.training.settings import PolicyTraining
+from sim.training.vision_weights import TowerFile
+from steer_runtime.policies.openvla.base import EMBEDDING, layer_tensors, read_base
+from steer_runtime.policies.openvla.checkpoint import save_checkpoint
+from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig
+from steer_runtime.policies.openvla.model import OpenVLAModel
+from steer_runtime.policies.pocket import smollm2_base
+
+SHARD_BYTES = 40_000_000
+"""Files of a shipped checkpoint stay under 45 MB."""
+_BINS, _PAD_ROWS = 256, 64
+
+
+def assemble(settings: PolicyTraining, vision: TowerFile) -> OpenVLAModel:
+    """SmolLM2's kept layers behind the trained tower; projector, state encoder and action rows drawn from the seed.
+
+    Raises SteerError as `read_base`, 'bad_model_config'.
+    """
+    layers = settings.language_model.layers
+    base = smollm2_base(layers)
+    config = OpenVLAConfig(
+        # SmolLM2-135M's shape (its GGUF's metadata).
+        lm=LMConfig(
+            vocab_rows=base.words + _BINS + _PAD_ROWS,
+            d_model=576,
+            d_ff=1536,
+            layers=len(layers),
+            heads=9,
+            kv_heads=3,
+            rope_theta=100000.0,
+            rms_norm_eps=1e-5,
+            max_positions=8192,
+            tied=True,
+        ),
+        usable_vocab=base.words + _BINS,
+        heatmap=vision.heat,
+        base=base,
+        state_tokens=settings.state_tokens,
+        chunk=settings.chunk,
+        image_size=vision.image_size,
+        patch=vision.patch,
+        append_token_id=None,
+        restrict_to_action_tokens=True,
+        name=settings.name,
+    )
+    torch.manual_seed(settings.seed)
+    model = OpenVLAModel(config)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        everything = replace(base, tensors=tuple(layer_tensors(len(layers))))
+        for name, value in read_base(everything, config.lm.heads, config.lm.kv_heads):
+            parameters[name][: len(value)] = value
+        model.heatmap.load_state_dict(vision.tower.state_dict())
+        initialise(model)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: OpenVLAModel) -> None:
+    """New embeddings (image, state, action) get the size of word embeddings, or the first layers are deaf to the words."""
+    config = model.config
+    table = model.language_model.model.embed_tokens.weight
+    low = config.usable_vocab - config.n_bins
+    spread = float(table[:low].std())
+    table[low : config.usable_vocab] = torch.randn(config.n_bins, config.lm.d_model) * spread
+    table[config.usable_vocab :] = 0.0
+    last = [model.projector.fc3] + ([model.state_encoder.fc2] if model.state_encoder is not None else [])
+    for layer in last:
+        torch.nn.init.normal_(layer.weight, std=spread * layer.in_features**-0.5)
+        torch.nn.init.zeros_(layer.bias)
+
+
+def write_policy(
+    model: OpenVLAModel,
+    directory: Path,
+    statistics: Mapping[str, Any],
+    card: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write a finished policy (`PolicyNet.settle`) with card.json; what equals the base file is left to it.
+
+    Raises SteerError('exists'), and as `read_base`.
+    """
+    model.to(dtype)
+    base = model.config.base
+    if base is not None:
+        parameters = dict(model.named_parameters())
+        everything = replace(base, tensors=tuple(layer_tensors(len(base.layers))))
+        equal = tuple(
+            name
+            for name, value in read_base(everything, model.config.lm.heads, model.config.lm.kv_heads)
+            if name != EMBEDDING and torch.equal(parameters[name].data, value.to(dtype))
+        )
+        model.config = replace(model.config, base=replace(base, tensors=equal))
+
+    def finish(work: Path) -> None:
+        (work / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    return save_checkpoint(model, directory, statistics, tokenizer=tokenizer, shard_bytes=SHARD_BYTES, finish=finish)

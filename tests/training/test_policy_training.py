@@ -1,0 +1,254 @@
+"""Policy training on a tiny policy of the real classes and fabricated recordings in the real format."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import fabricate
+import numpy as np
+import pytest
+import torch
+from fabricated import demonstrations_folder
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sim.training import trainer
+from sim.training.assembly import initialise, write_policy
+from sim.training.demonstration_data import DemonstrationData, load_demonstrations, statistics
+from sim.training.distillation import distillation_loss, kept, label_survival, teach
+from sim.training.low_rank import adapt, merge
+from sim.training.policy import PolicyNet, PolicySubject, action_loss
+from sim.training.settings import Distillation, PolicyTraining
+from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
+from steer_runtime.policies.openvla.checkpoint import load_checkpoint
+from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig
+from steer_runtime.policies.openvla.model import OpenVLAModel
+from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+
+HEAT = HeatmapConfig(classes=("soup", "basket"), hidden=64, blocks=1, heads=2)
+
+
+def settings(**changes: object) -> PolicyTraining:
+    values: dict[str, object] = {
+        "kind": "policy", "name": "tiny", "demonstrations": ("object",), "vision": "vision", "steps": 6, "batch": 6,
+        "warmup": 2, "learning_rate": 1e-2, "state_tokens": 2, "chunk": 2, "log_every": 1, "validate_every": 3,
+        "checkpoint_every": 2, "embedding_noise": 0.05, "language_model": {"layers": (0, 1, 2), "rate": 1.0},
+    }  # fmt: skip
+    return PolicyTraining(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def tiny_model() -> OpenVLAModel:
+    lm = LMConfig(vocab_rows=384, d_model=32, d_ff=64, layers=3, heads=4, kv_heads=2, tied=True)
+    config = fabricate.tiny_config(
+        dino=None, siglip=None, heatmap=HEAT, lm=lm, image_size=64, patch=32, state_tokens=2, chunk=2, trained=True
+    )
+    torch.manual_seed(0)
+    model = OpenVLAModel(config)
+    # The size of a trained model's word embeddings, relative to its width.
+    nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.3)
+    initialise(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DemonstrationData:
+    folder = tmp_path_factory.mktemp("demonstrations")
+    tower = tiny_model().heatmap
+    return load_demonstrations([demonstrations_folder(folder)], tower, "tower", 2, folder / "cache")
+
+
+def run(data: DemonstrationData, folder: Path, **options: Any) -> tuple[PolicySubject, trainer.Result]:
+    on_step, teaching = options.pop("on_step", None), options.pop("teaching", None)
+    chosen = settings(**options)
+    subject = PolicySubject(chosen, tiny_model(), fabricate.tiny_tokenizer(), data, {"same": data}, teaching=teaching)
+    return subject, trainer.train(chosen, subject, folder, on_step=on_step)
+
+
+def stop_at(step: int):  # type: ignore[no-untyped-def]
+    def on_step(progress: trainer.Progress) -> None:
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_step
+
+
+def test_samples_hold_the_expert_chunk_and_the_last_gripper_command(data: DemonstrationData) -> None:
+    assert data.actions.shape == (36, 2, 7)
+    assert torch.equal(data.actions[0, 1], data.actions[1, 0])
+    assert torch.equal(data.actions[11, 1], data.actions[11, 0])  # an episode's end repeats
+    assert data.states[:12, -1].tolist() == [-1.0] * 6 + [1.0] * 6
+    assert data.instructions[0] != data.instructions[1]
+
+
+def test_cached_image_tokens_are_the_towers(data: DemonstrationData, tmp_path: Path) -> None:
+    folder = demonstrations_folder(tmp_path)
+    again = load_demonstrations([folder], tiny_model().heatmap, "tower", 2, tmp_path / "cache")
+    from_cache = load_demonstrations([folder], nn.Identity(), "tower", 2, tmp_path / "cache")  # type: ignore[arg-type]
+    assert torch.equal(again.tokens, data.tokens)
+    assert torch.equal(from_cache.tokens, again.tokens)
+
+
+def test_targets_decode_to_the_experts_action(data: DemonstrationData) -> None:
+    model = tiny_model()
+    subject = PolicySubject(settings(), model, fabricate.tiny_tokenizer(), data, {})
+    policy_table = select_statistics(subject.table, "libero_object", "test")
+    ids = subject._rows["train"][:, :7].numpy() + subject.net.low
+    decoded = policy_table.unnormalise(ActionTokenizer(320, 256).decode(ids.reshape(-1)).reshape(-1, 7))
+    np.testing.assert_allclose(decoded[:, :6], data.actions[:, 0, :6], atol=0.02)
+    np.testing.assert_allclose(decoded[:, 6] > 0.5, data.actions[:, 0, 6] < 0)
+
+
+def test_a_training_forward_equals_decoding(data: DemonstrationData) -> None:
+    model = tiny_model()
+    net = PolicyNet(model, settings())
+    pixels, states = torch.rand(1, 6, 64, 64) * 2 - 1, data.states[:1]
+    short, long = [1, 5, 6, 7], [1, 5, 6, 7, 9, 11, 12]
+    with torch.no_grad():
+        tokens, expected = model.decode(pixels, torch.tensor([short]), state=states)
+        seen = model.heatmap(pixels)
+        targets = (tokens - net.low)[None]
+        padded = net(seen.expand(2, -1, -1), states.expand(2, -1), [short, long], targets.expand(2, -1))
+    torch.testing.assert_close(padded[0], expected[:, net.low : 320], atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(padded[0], padded[1], atol=1e-3)
+
+
+def test_the_loss_is_least_at_the_right_bin_and_smooth_around_it() -> None:
+    targets = torch.full((1, 7), 100)
+
+    def loss(at: int) -> float:
+        logits = torch.zeros(1, 7, 256)
+        logits[..., at] = 8.0
+        return float(action_loss(logits, targets, 3.0, 1.0))
+
+    assert loss(100) < loss(103) < loss(110)
+
+
+@pytest.mark.parametrize("mode", ["full", "low_rank"])
+def test_training_lowers_the_error_and_leaves_word_embeddings(
+    data: DemonstrationData, tmp_path: Path, mode: str
+) -> None:
+    lm = {"layers": (0, 1, 2), "rate": 1.0, "mode": mode, "rank": 4}
+    subject, result = run(
+        data,
+        tmp_path / "run",
+        steps=150,
+        batch=12,
+        warmup=10,
+        validate_every=150,
+        checkpoint_every=150,
+        language_model=lm,
+    )
+    before = PolicySubject(settings(), tiny_model(), fabricate.tiny_tokenizer(), data, {"same": data}).validate()
+    assert result.scores["same/bin_error"] < 0.6 * before["same/bin_error"]
+    assert result.scores["same/gripper"] > 0.9
+    words = subject.net.model.language_model.model.embed_tokens.weight[: subject.net.low]
+    assert torch.equal(words, tiny_model().language_model.model.embed_tokens.weight[: subject.net.low])
+
+
+@pytest.mark.parametrize("mode", ["full", "low_rank"])
+def test_an_interrupted_run_resumes_to_the_same_bits(data: DemonstrationData, tmp_path: Path, mode: str) -> None:
+    lm = {"layers": (0, 1, 2), "mode": mode, "rank": 4, "frozen": ("layers.1.mlp",)}
+    whole, _ = run(data, tmp_path / "whole", language_model=lm)
+    _, stopped = run(data, tmp_path / "parts", language_model=lm, on_step=stop_at(3))
+    assert stopped.step == 3
+    resumed, _ = run(data, tmp_path / "parts", language_model=lm)
+    expected = dict(whole.net.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in resumed.net.named_parameters())
+
+
+def test_frozen_layers_stay_as_they_were(data: DemonstrationData, tmp_path: Path) -> None:
+    lm = {"layers": (0, 1, 2), "frozen": (r"layers\.2\.mlp\.down_proj",)}
+    subject, _ = run(data, tmp_path / "run", language_model=lm)
+    before, after = tiny_model().language_model.model.layers, subject.net.model.language_model.model.layers
+    assert torch.equal(before[2].mlp.down_proj.weight, after[2].mlp.down_proj.weight)
+    assert not torch.equal(before[1].mlp.down_proj.weight, after[1].mlp.down_proj.weight)
+
+
+def test_resuming_with_another_configuration_is_refused(data: DemonstrationData, tmp_path: Path) -> None:
+    run(data, tmp_path / "run", on_step=stop_at(2))
+    with pytest.raises(SteerError, match="smoothing") as refused:
+        run(data, tmp_path / "run", smoothing=5.0)
+    assert refused.value.code == "other_configuration"
+
+
+def test_the_finished_policy_loads_and_acts_as_it_was_trained(data: DemonstrationData, tmp_path: Path) -> None:
+    lm = {"layers": (0, 1, 2), "mode": "low_rank", "rank": 4}
+    subject, _ = run(data, tmp_path / "run", language_model=lm)
+    with torch.no_grad():
+        subject.net.eval()
+        targets = subject._rows["train"][:1]
+        before = subject.net(
+            data.tokens[:1].float(), data.states[:1], subject._spoken("train", torch.tensor([0])), targets
+        )
+    model = subject.net.settle()
+    tokenizer = fabricate.tiny_tokenizer()
+    write_policy(model, tmp_path / "policy", subject.table, {}, tokenizer=tokenizer, dtype=torch.float32)
+    loaded, _ = load_checkpoint(tmp_path / "policy")
+    with torch.no_grad():
+        again = PolicyNet(loaded, settings())
+        after = again(data.tokens[:1].float(), data.states[:1], subject._spoken("train", torch.tensor([0])), targets)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    policy = OpenVLAPolicy.from_checkpoint(tmp_path / "policy", "libero_object")
+    assert policy.infer(fabricate.make_observation(policy)).actions.shape == (2, 7)
+
+
+def test_merging_an_adaptation_changes_no_output() -> None:
+    layer = nn.Sequential(nn.Linear(8, 6))
+    x = torch.randn(3, 8)
+    before = layer(x)
+    adapt(layer, ["0"], 2)
+    torch.testing.assert_close(layer(x), before)
+    with torch.no_grad():
+        layer[0].parametrizations.weight[0].b.fill_(0.5)  # type: ignore[union-attr,index]
+    changed = layer(x)
+    assert not torch.allclose(changed, before)
+    merge(layer)
+    torch.testing.assert_close(layer(x), changed)
+    with pytest.raises(SteerError, match="no linear layer"):
+        adapt(layer, ["nothing"], 2)
+
+
+def test_distillation_draws_the_student_to_the_teacher(data: DemonstrationData, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    teacher = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.mul_(8.0 if p.ndim > 1 else 1.0)
+    spec = Distillation(weight=1.0, texts=8, length=12, batch=8, every=1, top=8)
+    teaching = kept(tmp_path / "teaching.safetensors", lambda: teach(teacher, spec, 0, 1))
+    stored = kept(tmp_path / "teaching.safetensors", lambda: pytest.fail("it is there already"))
+    assert stored.digest == teaching.digest
+    subject, _ = run(
+        data, tmp_path / "run", steps=40, warmup=5, validate_every=40, checkpoint_every=40, teaching=teaching,
+        distillation=spec.model_dump(),
+    )  # fmt: skip
+
+    def score(net: PolicyNet) -> float:
+        with torch.no_grad():
+            return float(distillation_loss(net.words(teaching.ids), teaching.top, teaching.chance))
+
+    assert score(subject.net) < score(PolicyNet(tiny_model(), settings())) - 0.3
+
+
+def test_label_survival_counts_value_vectors_whose_words_stay() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words, before = torch.randn(500, 16, generator=generator), torch.randn(16, 40, generator=generator)
+    after = before.clone()
+    after[:, :10] = torch.randn(16, 10, generator=generator)
+    assert label_survival(before, before, words) == 1.0
+    assert 0.74 <= label_survival(before, after, words) <= 0.8
+    assert label_survival(before, before * 3, words) == 1.0
+
+
+def test_a_dimension_that_hardly_moves_is_not_blown_up(data: DemonstrationData) -> None:
+    entry: Any = statistics(data, "libero_object")["libero_object"]
+    assert entry["action"]["q99"][3] - entry["action"]["q01"][3] == pytest.approx(0.1)
