@@ -23,7 +23,7 @@ HELD_OUT_SHARE = 0.03
 
 
 @app.command(
-    epilog="Examples:  steer train vision configs/training/vision.yaml --data /var/tmp/steer-data --minutes 30"
+    epilog="Examples:  steer train vision configs/training/vision-libero-object.yaml --data /data/steer --minutes 30"
 )
 def vision(
     config: Config, data: Data = Path("out/data"), out: Out = Path("out/train"), minutes: Minutes = None
@@ -51,9 +51,7 @@ def vision(
     )
 
 
-@app.command(
-    epilog="Examples:  steer train policy configs/training/policy-libero-object.yaml --data /var/tmp/steer-data"
-)
+@app.command(epilog="Examples:  steer train policy configs/training/policy-libero-object.yaml --data /data/steer")
 def policy(
     config: Config, data: Data = Path("out/data"), out: Out = Path("out/train"), minutes: Minutes = None
 ) -> None:
