@@ -13,7 +13,6 @@ from sim.rollout import STYLES, Assignment, Noise, follow, run, scatter_arm
 from sim.scene import Scene, Snapshot
 from steer_runtime.errors import SteerError
 
-pytest.importorskip("libero", reason="needs the sim extra")
 SOUP = "alphabet_soup_1"
 
 

@@ -11,7 +11,6 @@ from sim import grasp, layouts
 from sim.scene import Scene
 from steer_runtime.errors import SteerError
 
-pytest.importorskip("libero", reason="needs the sim extra")
 SOUP = "alphabet_soup_1"
 
 

@@ -20,7 +20,6 @@ from sim.rollout import Noise
 from sim.scene import Scene
 from steer_runtime.errors import SteerError
 
-pytest.importorskip("libero", reason="needs the sim extra")
 # One task and the fast modulation: short episodes. Few, small images: rendering is what costs.
 CONFIGURATION = Recording(
     styles=("quickly",),
