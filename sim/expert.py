@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from sim import reach
 from sim.grasp import Grasp, hand_yaw, plan
 from sim.scene import Boxes, Goal, Snapshot
 
@@ -230,13 +231,15 @@ def _act(
 ) -> Decision:
     """Proportional control to a grip-site position and yaw, hand pointing down; yaw None keeps the present one."""
     cap = cap if near is None else min(cap, near)
-    error = position - snapshot.eef
+    error = reach.within(snapshot.shoulder, position) - snapshot.eef
     move = error * POSITION_GAIN
     size = float(np.linalg.norm(move))
     if size > cap:
         move *= cap / size
     elif 0.02 < size < LEAST_MOVE:
         move *= LEAST_MOVE / size
+    if cap > 0.0:
+        move = reach.drawn_in(snapshot.shoulder, snapshot.eef, move, POSITION_GAIN)
     turn = _rotation_error(snapshot.rotation, hand_yaw(snapshot.rotation) if yaw is None else yaw) * ROTATION_GAIN
     bound = max(style.speed if near is None else near, 0.2)
     turn *= min(1.0, bound / max(float(np.linalg.norm(turn)), 1e-9))

@@ -56,7 +56,7 @@ def plan(snapshot: Snapshot, target: str) -> Grasp:
     body = _body_grasp(boxes, low, high, obstacles, now, close)
     if body.width <= MAX_WIDTH or not _hollow(boxes, centre, high):
         return body
-    return _rim_grasp(boxes, centre, obstacles, snapshot.eef, now, close)
+    return _rim_grasp(boxes, centre, obstacles, snapshot.eef, snapshot.shoulder, now, close)
 
 
 def _obstacles(all_boxes: Mapping[str, Boxes], target: str, boxes: Boxes) -> Boxes:
@@ -127,7 +127,15 @@ def _body_grasp(boxes: Boxes, low: np.ndarray, high: np.ndarray, obstacles: Boxe
     return Grasp(positions[best], float(yaws[best]), float(widths[best]), clear)
 
 
-def _rim_grasp(boxes: Boxes, centre: np.ndarray, obstacles: Boxes, eef: np.ndarray, now: float, close: float) -> Grasp:
+def _rim_grasp(
+    boxes: Boxes,
+    centre: np.ndarray,
+    obstacles: Boxes,
+    eef: np.ndarray,
+    shoulder: np.ndarray,
+    now: float,
+    close: float,
+) -> Grasp:
     """Pinch the wall of a hollow object at one of 16 places round it, the fingers pointing outwards."""
     solid = boxes.grid(_GRID)
     offset = solid[:, :2] - centre[:2]
@@ -144,8 +152,9 @@ def _rim_grasp(boxes: Boxes, centre: np.ndarray, obstacles: Boxes, eef: np.ndarr
     places, yaws = np.array(positions), _fold(np.array(angles) - np.pi / 2)
     hits = _hits(obstacles, places, yaws)
     cost = 0.05 * np.minimum(hits, 20) + 0.02 * np.abs(yaws) + 0.05 * close * np.abs(_fold(yaws - now))
-    # All sides of a rim are alike but for the way to them.
+    # All sides of a rim are alike but for the way to them, and near ones leave the arm more reach.
     cost += 0.3 * np.linalg.norm(places[:, :2] - eef[:2], axis=1)
+    cost += 0.5 * np.linalg.norm(places[:, :2] - shoulder[:2], axis=1)
     best = int(cost.argmin())
     return Grasp(places[best], float(yaws[best]), 0.01, bool(hits[best] == 0))
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sim import grasp
+from sim import grasp, reach
 from sim.scene import Boxes, Scene, Snapshot
 from steer_runtime.errors import SteerError
 
@@ -27,6 +27,8 @@ DROP = 0.003
 """Height from which a placed object settles, m."""
 UPRIGHT = 0.95
 """Cosine of the tilt (18 degrees) beyond which a settled object counts as fallen."""
+BORDER = 0.02
+"""How far inside the arm's reach an object's centre stays, m."""
 JITTER = 0.03
 """How far a nudged object moves at most along x and y, m."""
 MARGIN_TURN = np.deg2rad(10.0)
@@ -194,7 +196,8 @@ def _scattered(
             else:
                 spot = np.array([rng.uniform(*ground.x), rng.uniform(*ground.y)])
                 turn = rng.uniform(-MARGIN_TURN, MARGIN_TURN) if moved else rng.uniform(-np.pi, np.pi)
-            free = all(np.linalg.norm(spot - c) > half + r + GAP for c, r in taken)
+            near = np.linalg.norm(spot - settled.shoulder[:2]) < reach.radius(settled.shoulder, ground.height) - BORDER
+            free = near and all(np.linalg.norm(spot - c) > half + r + GAP for c, r in taken)
             if free and not any(_near(spot, half + GAP, w) for w in walls):
                 break
         else:

@@ -145,7 +145,13 @@ def _episode(scene: Scene, recording: Recording, episode: plan.Episode, target: 
     layout = layouts.make(scene, episode.layout, target, episode.seed)
     collector = _Collector(scene, recording.size, recording.stride)
     assignment = Assignment(target, episode.style, episode.index)
-    outcome = run(scene, layout, assignment, actor=follow(recording.noise, episode.index), on_step=collector.add)
+    outcome = run(
+        scene,
+        layout,
+        assignment,
+        actor=follow(recording.noise, episode.index, STYLES[episode.style][1].speed),
+        on_step=collector.add,
+    )
     if not outcome.released:
         return None, outcome
     concepts = STYLES[episode.style][0]

@@ -112,9 +112,11 @@ Actor = Callable[[Snapshot, Decision], np.ndarray]
 """Chooses the action [7] to execute from what is seen and the expert's advice."""
 
 
-def follow(noise: Noise, seed: int) -> Actor:
-    """The expert itself, its actions disturbed."""
-    stream = noise.stream(seed)
+def follow(noise: Noise, seed: int, speed: float = 1.0) -> Actor:
+    """The expert itself, its actions disturbed; noise shrinks with a speed below 1, as a slow policy's errors do."""
+    share = min(speed, 1.0)
+    scaled = replace(noise, position=noise.position * share, rotation=noise.rotation * share)
+    stream = scaled.stream(seed)
     return lambda _, advice: next(stream)(advice.action)
 
 

@@ -66,12 +66,13 @@ class Boxes:
 class Snapshot:
     """The simulator's state as a scripted expert reads it, world frame, m, rad, s.
 
-    eef [3]: grip site between the fingers. rotation [3, 3]: of the hand. opening, opening_rate: distance between the
+    shoulder [3]: where the arm's second joint turns. eef [3]: grip site between the fingers. rotation [3, 3]: of the hand. opening, opening_rate: distance between the
     fingers and its change. gripper_command: last command executed, -1 open, +1 close. boxes: of every object and
     fixture. speed: object -> of its body, linear. touching: object -> bodies in contact with it, by object name, and
     "left_finger", "right_finger", "robot" and "ground". sites: region -> [3] centre.
     """
 
+    shoulder: np.ndarray
     eef: np.ndarray
     rotation: np.ndarray
     opening: float
@@ -251,6 +252,7 @@ class Scene:
             for name, ids in self._box_geoms.items()
         }
         return Snapshot(
+            shoulder=np.array(data.xpos[self._shoulder]),
             eef=np.array(data.site_xpos[robot.eef_site_id]),
             rotation=np.array(data.xmat[self._hand]).reshape(3, 3),
             opening=float(fingers[0] - fingers[1]),
@@ -352,6 +354,7 @@ class Scene:
         # Movable objects hang on one free joint: position 3 and quaternion 4, velocity 3 and 3.
         self._velocities = {n: int(model.jnt_dofadr[model.body_jntadr[self._bodies[n]]]) for n in self.objects}
         self._joints = {n: int(model.jnt_qposadr[model.body_jntadr[self._bodies[n]]]) for n in self.objects}
+        self._shoulder = int(model.body("robot0_link2").id)
         # The grip site is turned against the hand by a quarter turn; robosuite reports the hand's rotation.
         self._hand = int(model.body(self._env.robots[0].robot_model.eef_name).id)
         by_id = {b: n for n, b in self._bodies.items()}

@@ -9,7 +9,7 @@ import numpy as np
 
 from sim import layouts
 from sim.plan import Episode
-from sim.rollout import Assignment, Noise, Outcome, follow, run
+from sim.rollout import STYLES, Assignment, Noise, Outcome, follow, run
 from sim.scene import Scene
 
 
@@ -52,7 +52,9 @@ def score(
                 target = names[episode.target_index % len(names)]
                 layout = layouts.make(scene, episode.layout, target, episode.seed)
                 assignment = Assignment(target, episode.style, episode.index)
-                outcome = run(scene, layout, assignment, actor=follow(noise, episode.index))
+                outcome = run(
+                    scene, layout, assignment, actor=follow(noise, episode.index, STYLES[episode.style][1].speed)
+                )
                 out.append(Scored(episode, target, outcome, layout.resampled))
                 if on_episode is not None:
                     on_episode(out[-1])
