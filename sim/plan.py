@@ -19,7 +19,8 @@ PICK_AND_PLACE: Mapping[str, tuple[int, ...]] = {
     "libero_object": tuple(range(10)),
     # Task 5's bowl falls off its ramekin while the scene settles.
     "libero_spatial": (0, 1, 2, 3, 4, 6, 7, 8, 9),
-    "libero_goal": (1, 2, 4, 6, 8, 9),
+    # Task 9's bottle has to be laid on a rack; put there upright, as the expert does, it falls off three times in four.
+    "libero_goal": (1, 2, 4, 6, 8),
 }
 """Suite -> the tasks that the expert can do."""
 
