@@ -59,9 +59,9 @@ HOVER = 0.08
 class Style:
     """How the task is done.
 
-    speed: cap on the norm of the translation action; 1.0 moves 0.25 m/s, and no axis goes beyond 1. height: how far above the place's ground the
-    object's underside is carried, m; None carries it as low as the way allows. near_speed: cap on the last 10 cm to an
-    object and on everything within 10 cm of a place.
+    speed: cap on the norm of the translation action; 1.0 moves 0.25 m/s, and no axis goes beyond 1. height: how far
+    above the place's ground the object's underside is carried, m; None carries it as low as the way allows.
+    near_speed: cap on the last 10 cm to an object and on everything within 10 cm of a place.
     """
 
     speed: float = 0.65
@@ -100,8 +100,8 @@ def place_of(snapshot: Snapshot, goal: Goal) -> Place:
         return Place(boxes.centre[:2], float(boxes.high[2]), float(boxes.low[2]), half - 0.02, True)
     if goal.place in snapshot.boxes:
         boxes = snapshot.boxes[goal.place]
-        # `check_ontop` wants the centres within 3 cm.
-        return Place(boxes.centre[:2], float(boxes.high[2]), float(boxes.high[2]), np.full(2, 0.028), False)
+        # `check_ontop` wants the bodies within 3 cm of each other: a square of 2 cm half sides has its corners at 2.8 cm.
+        return Place(boxes.centre[:2], float(boxes.high[2]), float(boxes.high[2]), np.full(2, 0.020), False)
     site = snapshot.sites[goal.place]
     return Place(site[:2], float(site[2]), float(site[2]), np.full(2, 0.035), False)
 
