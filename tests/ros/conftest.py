@@ -87,3 +87,9 @@ def client(policy_process: PolicyProcess, driver: SensorDriver, shared_client: S
 def other_domain() -> int:
     """A network of its own, for tests that start and end nodes."""
     return free_domain(besides=[int(os.environ["ROS_DOMAIN_ID"])])
+
+
+@pytest.fixture(scope="session")
+def third_domain(other_domain: int) -> int:
+    """Where neither the shared nodes nor a robot on `other_domain` are heard."""
+    return free_domain(besides=[int(os.environ["ROS_DOMAIN_ID"]), other_domain])

@@ -111,14 +111,8 @@ def test_other_policy_may_take_over_once_the_first_is_silent(policy_side: Policy
     assert step_to(policy_side, FORWARD, instance="b") == pytest.approx(start + 0.05)
 
 
-@pytest.fixture
-def free_domain(other_domain: int) -> int:
-    """Where the lockstep robot of this module is not heard."""
-    return other_domain + 1
-
-
-def test_free_running_robot_executes_rows_on_the_clock_then_holds(free_domain: int) -> None:
-    with PolicyDriver(free_domain) as driver, robot(free_domain, mode="free", rate_hz=10.0):
+def test_free_running_robot_executes_rows_on_the_clock_then_holds(third_domain: int) -> None:
+    with PolicyDriver(third_domain) as driver, robot(third_domain, mode="free", rate_hz=10.0):
         driver.description()
         driver.wait(lambda: driver.status().hold_steps >= 3, what="holds before any policy")
         assert x(driver) == 0.0
@@ -132,13 +126,13 @@ def test_free_running_robot_executes_rows_on_the_clock_then_holds(free_domain: i
 
 
 def test_policy_node_runs_a_lockstep_episode_one_inference_a_step(
-    policy_yaml: Path, direction_store: Path, free_domain: int
+    policy_yaml: Path, direction_store: Path, third_domain: int
 ) -> None:
     with (
-        PolicyDriver(free_domain) as watcher,
-        SteeringClient(domain_id=free_domain) as client,
-        PolicyProcess(policy_yaml, direction_store, domain=free_domain),
-        robot(free_domain, mode="lockstep", episodes=1) as body,
+        PolicyDriver(third_domain) as watcher,
+        SteeringClient(domain_id=third_domain) as client,
+        PolicyProcess(policy_yaml, direction_store, domain=third_domain),
+        robot(third_domain, mode="lockstep", episodes=1) as body,
     ):
         assert body.process.wait(90.0) == 0, body.log()
         assert "after 40 steps; 0 were held" in body.log()
