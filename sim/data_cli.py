@@ -12,8 +12,8 @@ import typer
 app = typer.Typer(name="data", help="Demonstrations: measure the scripted expert and record it.", no_args_is_help=True)
 
 Suite = Annotated[str, typer.Option(help="libero_object, libero_spatial or libero_goal.")]
-LayoutKind = Annotated[str, typer.Option("--layouts", help="official, jitter or random.")]
-Styles = Annotated[str, typer.Option(help="Modulations, comma separated; episodes take them in turn.")]
+LayoutKind = Annotated[str, typer.Option("--layouts", help="official, jitter, random or mixed (70 % random).")]
+Styles = Annotated[str, typer.Option(help="Modulations, comma separated, in turn; mix: drawn for each episode.")]
 Tasks = Annotated[str, typer.Option(help="Task ids, comma separated; empty: all that the expert can do.")]
 OwnTarget = Annotated[bool, typer.Option("--own-target", help="Only the task's own object, not any graspable one.")]
 PositionNoise = Annotated[float, typer.Option(min=0, max=1, help="Noise on executed translation actions (std).")]
@@ -109,12 +109,13 @@ def record(
     suite: Suite = "libero_object",
     layouts: LayoutKind = "random",
     episodes: Annotated[int, typer.Option(min=1, help="How many there shall be; may grow from run to run.")] = 100,
-    styles: Styles = DEFAULT_STYLES,
+    styles: Styles = "mix",
     tasks: Tasks = "",
     seed: int = 0,
     own_target: OwnTarget = False,
     size: Annotated[int, typer.Option(help="Pixels of both sides of both cameras.")] = 128,
-    stride: Annotated[int, typer.Option(help="Store an image every so many steps.")] = 1,
+    stride: Annotated[int, typer.Option(help="A sample (images, counterfactual labels) every so many steps.")] = 1,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Render nothing: five times faster.")] = False,
     original_meshes: Annotated[
         bool, typer.Option("--original-meshes", help="Draw the full meshes: five times slower.")
     ] = False,
@@ -130,7 +131,8 @@ def record(
     from sim.record import record as record_all
     from sim.rollout import Noise
 
-    use_software_rendering()
+    if not no_images:
+        use_software_rendering()
     recording = Recording(
         suite=suite,
         layout=layouts,  # type: ignore[arg-type]
@@ -142,6 +144,7 @@ def record(
         size=size,
         stride=stride,
         thin=not original_meshes,
+        images=not no_images,
         noise=Noise(noise, rotation_noise, gripper=gripper_noise),
     )
     last: Progress | None = None

@@ -8,11 +8,15 @@ across modulations, so that speeds and heights are compared in pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
 
 from sim import layouts
 from sim.benchmark import find_task, load_module, quiet
-from sim.rollout import STYLES
+from sim.manner import SPEEDS, Manner, draw
+from sim.rollout import MIX, STYLES
 from steer_runtime.errors import SteerError, nearest
 
 PICK_AND_PLACE: Mapping[str, tuple[int, ...]] = {
@@ -23,11 +27,18 @@ PICK_AND_PLACE: Mapping[str, tuple[int, ...]] = {
     "libero_goal": (1, 2, 4, 6, 8),
 }
 """Suite -> the tasks that the expert can do."""
+LayoutMix = layouts.Kind | Literal["mixed"]
+LAYOUTS: tuple[str, ...] = (*layouts.KINDS, "mixed")
+MIXED_SHARES: Mapping[layouts.Kind, float] = {"random": 0.70, "official": 0.15, "jitter": 0.15}
+"""Kind -> its share of "mixed" layouts."""
+ROUND = 5
+"""Episodes of a task in a row: building a scene costs as much as an episode without pictures."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode of a plan. target_index picks from the scene's targets modulo their number; 0 is the task's own."""
+    """One episode of a plan. target_index picks from the scene's targets modulo their number; 0 is the task's own.
+    style: the modulation's name; manner: that of the name, or a drawn one when it is "mix"."""
 
     index: int
     suite: str
@@ -36,6 +47,7 @@ class Episode:
     style: str
     layout: layouts.Kind
     seed: int
+    manner: Manner
 
     @property
     def name(self) -> str:
@@ -45,7 +57,7 @@ class Episode:
 
 def episodes(
     suite: str,
-    layout: layouts.Kind,
+    layout: LayoutMix,
     styles: Sequence[str],
     count: int,
     seed: int,
@@ -54,6 +66,9 @@ def episodes(
     any_target: bool = True,
 ) -> list[Episode]:
     """The first `count` episodes. any_target: every graspable object in turn, else the task's own only.
+
+    styles: keys of STYLES or "mix", a manner drawn for each episode; of five "mix" episodes in a row each has another
+    pace. layout "mixed" draws a kind for each layout.
 
     Raises SteerError: 'unknown_suite' (no pick-and-place tasks known), 'task_out_of_range', 'bad_count',
     'unknown_style', 'unknown_layout'.
@@ -64,9 +79,9 @@ def episodes(
         )
     if count < 1:
         raise SteerError("bad_count", f"{count} episodes were asked for: expected at least 1")
-    if layout not in layouts.KINDS:
+    if layout not in LAYOUTS:
         raise SteerError(
-            "unknown_layout", f"layout kind {layout[:40]!r} is not known: expected one of {', '.join(layouts.KINDS)}"
+            "unknown_layout", f"layout kind {layout[:40]!r} is not known: expected one of {', '.join(LAYOUTS)}"
         )
     chosen = PICK_AND_PLACE[suite] if tasks is None else tuple(tasks)
     unfit = [t for t in chosen if t not in PICK_AND_PLACE[suite]]
@@ -76,8 +91,10 @@ def episodes(
             f"tasks {unfit} of {suite} are not ones the expert can do: expected some of {list(PICK_AND_PLACE[suite])}",
         )
     for style in styles or ("",):
-        if style not in STYLES:
-            raise SteerError("unknown_style", f"modulation {style[:40]!r} is not known: {nearest(style, STYLES)}")
+        if style not in (*STYLES, MIX):
+            raise SteerError(
+                "unknown_style", f"modulation {style[:40]!r} is not known: {nearest(style, (*STYLES, MIX))}"
+            )
     out = []
     for index in range(count):
         layout_index, style_index = divmod(index, len(styles))
@@ -90,11 +107,39 @@ def episodes(
                 # Task t begins with its t-th target, so that ten layouts already show different objects.
                 target_index=turn + task_index if any_target else 0,
                 style=styles[style_index],
-                layout=layout,
+                layout=_kind(seed, layout_index) if layout == "mixed" else layout,
                 seed=seed * 1_000_003 + layout_index,
+                manner=_drawn(seed, index, len(styles)) if styles[style_index] == MIX else STYLES[styles[style_index]],
             )
         )
     return out
+
+
+def in_rounds(plan: Sequence[Episode]) -> list[list[Episode]]:
+    """The episodes in an order to run them in: up to ROUND of one task, then of the next, and so round again.
+
+    However early a run stops, tasks are even to within a round, and a scene is built once for several episodes.
+    """
+    seen: dict[int, int] = {}
+    rounds: dict[tuple[int, int], list[Episode]] = {}
+    for episode in plan:
+        place = seen.get(episode.task_id, 0)
+        seen[episode.task_id] = place + 1
+        rounds.setdefault((place // ROUND, episode.task_id), []).append(episode)
+    return [rounds[key] for key in sorted(rounds)]
+
+
+def _kind(seed: int, layout_index: int) -> layouts.Kind:
+    kinds = tuple(MIXED_SHARES)
+    rng = np.random.default_rng([seed, layout_index, 0x1A40])
+    return kinds[int(rng.choice(len(kinds), p=list(MIXED_SHARES.values())))]
+
+
+def _drawn(seed: int, index: int, styles: int) -> Manner:
+    """A manner at random, the paces in shuffled fives so that a short run has them all."""
+    group, place = divmod(index // styles, len(SPEEDS))
+    pace = int(np.random.default_rng([seed, group, 0xACE]).permutation(len(SPEEDS))[place])
+    return replace(draw(np.random.default_rng([seed, index, 0xAA2])), pace=pace)
 
 
 def task_names(suite: str) -> list[str]:

@@ -7,6 +7,9 @@ the simulator is refused, and episodes that are there already are not recorded a
     <folder>/episodes/<task>/demo_N.hdf5  one file an episode (see `sim.demonstrations`)
     <folder>/episodes/<task>/demo_N.failed.json  an episode whose expert failed: not kept, not tried again
     <folder>/<task>_demo.hdf5             index a task, in LIBERO's layout
+
+Every sample (a step of `obs/image_index`) also holds what the expert would do in that very state about other targets and
+in other manners, so that a policy has to read its instruction: arrays `counterfactual/*`, see `Counterfactuals`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +29,31 @@ import numpy as np
 from sim import demonstrations, layouts, plan
 from sim.benchmark import load_module, require_versions, versions
 from sim.demonstrations import dump, write_atomically
-from sim.rollout import STYLES, Assignment, Noise, Outcome, Step, follow, run
-from sim.scene import CAMERAS, Scene
+from sim.expert import decide
+from sim.manner import Manner, draw
+from sim.rollout import MIX, Assignment, Noise, Outcome, Step, follow, run
+from sim.scene import CAMERAS, Goal, Scene, Snapshot
 from sim.wordings import choose, say
 from steer_runtime.errors import SteerError
 
 PHASES: tuple[str, ...] = (
     "approach", "descend", "squeeze", "lift", "carry", "lower", "release", "falling", "retreat", "rest",
 )  # fmt: skip
+OTHER_MANNERS = 3
+"""Counterfactuals of a sample with the episode's own target."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Configuration of a folder. size: pixels. stride: an image every so many steps. thin: decimated meshes.
+    """Configuration of a folder. size: pixels. stride: a sample every so many steps. thin: decimated meshes.
+    images: samples have pictures; without them nothing is rendered, and size and thin mean nothing.
 
     episodes is how many there shall be; a folder may grow, everything else is fixed by its first run.
     """
 
     suite: str = "libero_object"
-    layout: layouts.Kind = "random"
-    styles: tuple[str, ...] = ("plain", "quickly", "slowly", "high")
+    layout: plan.LayoutMix = "random"
+    styles: tuple[str, ...] = (MIX,)
     episodes: int = 100
     seed: int = 0
     tasks: tuple[int, ...] | None = None
@@ -53,6 +61,7 @@ class Recording:
     size: int = 128
     stride: int = 1
     thin: bool = True
+    images: bool = True
     noise: Noise = field(default_factory=Noise)
 
     def __post_init__(self) -> None:
@@ -88,10 +97,11 @@ class Progress:
 
 
 def record(recording: Recording, folder: Path, on_episode: Callable[[Progress], None] | None = None) -> Progress | None:
-    """Record what the folder still lacks. Rendering must be set up (`use_software_rendering`).
+    """Record what the folder still lacks. For images rendering must be set up (`use_software_rendering`).
 
     Raises SteerError: 'wrong_version', 'other_configuration', 'other_versions', 'in_use', 'disk_full', 'torn_file' and
-    those of plans and layouts. An interruption loses at most the running episode. Returns the last progress.
+    those of plans. An interruption loses at most the running episode; tasks are even whenever it comes. Returns the last
+    progress.
     """
     require_versions()
     episodes = recording.plan()
@@ -104,34 +114,30 @@ def record(recording: Recording, folder: Path, on_episode: Callable[[Progress], 
         recorded = sum(_file(folder, names, e).exists() for e in episodes)
         failed = sum(_failure(folder, names, e).exists() for e in episodes)
         try:
-            for task_id in sorted({e.task_id for e in episodes}):
+            for batch in plan.in_rounds(episodes):
                 missing = [
-                    e
-                    for e in episodes
-                    if e.task_id == task_id
-                    and not _file(folder, names, e).exists()
-                    and not _failure(folder, names, e).exists()
+                    e for e in batch if not _file(folder, names, e).exists() and not _failure(folder, names, e).exists()
                 ]
                 if not missing:
                     continue
-                with Scene(recording.suite, task_id, render=True) as scene:
-                    if recording.thin:
+                with Scene(recording.suite, missing[0].task_id, render=recording.images) as scene:
+                    if recording.images and recording.thin:
                         scene.thin_meshes()
                     targets = layouts.targets(scene)
                     for episode in missing:
                         started = time.monotonic()
                         require_room(folder)
                         target = targets[episode.target_index % len(targets)]
-                        content, outcome = _episode(scene, recording, episode, target)
-                        if content is None:
-                            report = dump({"target": target, **asdict(outcome)}).encode()
-                            write_atomically(_failure(folder, names, episode), report)
-                            failed += 1
-                        else:
+                        content, steps = _episode(scene, recording, episode, target, targets)
+                        if isinstance(content, bytes):
                             write_atomically(_file(folder, names, episode), content)
                             recorded += 1
+                        else:
+                            report = dump({"target": target, **content}).encode()
+                            write_atomically(_failure(folder, names, episode), report)
+                            failed += 1
                         seconds = time.monotonic() - started
-                        last = Progress(episode, target, recorded, failed, len(episodes), seconds, outcome.steps)
+                        last = Progress(episode, target, recorded, failed, len(episodes), seconds, steps)
                         if on_episode is not None:
                             on_episode(last)
         finally:
@@ -140,34 +146,102 @@ def record(recording: Recording, folder: Path, on_episode: Callable[[Progress], 
     return last
 
 
-def _episode(scene: Scene, recording: Recording, episode: plan.Episode, target: str) -> tuple[bytes | None, Outcome]:
-    """One episode's file, or None when the expert failed."""
-    layout = layouts.make(scene, episode.layout, target, episode.seed)
-    collector = _Collector(scene, recording.size, recording.stride)
-    assignment = Assignment(target, episode.style, episode.index)
+@dataclass(frozen=True)
+class Counterfactuals:
+    """What the expert would do instead, asked in a snapshot: about each other target, and about its own in other manners.
+
+    own, manner: the episode's target and manner. others: the other targets. A sample has len(others) + OTHER_MANNERS
+    rows: actions float32 [K, 7]; target uint8 [K], an index into `objects`; manner uint8 [K, 3] (see `sim.manner`);
+    phase uint8 [K], an index into PHASES. The other targets come first; manners are drawn anew for each sample.
+    """
+
+    goal: Goal
+    objects: Sequence[str]
+    own: str
+    manner: Manner
+    others: Sequence[str]
+
+    def ask(self, snapshot: Snapshot, rng: np.random.Generator) -> Mapping[str, np.ndarray]:
+        """The rows of one sample, by name."""
+        wanted = [(name, draw(rng)) for name in self.others]
+        wanted += [(self.own, self._another(rng)) for _ in range(OTHER_MANNERS)]
+        answers = [decide(snapshot, name, self.goal, manner.style()) for name, manner in wanted]
+        return {
+            "actions": np.array([a.action for a in answers], np.float32),
+            "target": np.array([self.objects.index(name) for name, _ in wanted], np.uint8),
+            "manner": np.array([astuple(manner) for _, manner in wanted], np.uint8),
+            "phase": np.array([PHASES.index(a.phase) for a in answers], np.uint8),
+        }
+
+    def _another(self, rng: np.random.Generator) -> Manner:
+        while (manner := draw(rng)) == self.manner:
+            pass
+        return manner
+
+
+def _nameable(scene: Scene, targets: Sequence[str], moved: bool) -> list[str]:
+    """The targets that an instruction can tell from all else in the scene: twins only while LIBERO's own relation does."""
+    categories = [scene.category(name) for name in scene.objects]
+    return [
+        name
+        for name in targets
+        if categories.count(scene.category(name)) == 1 or (name == scene.task_target and not moved)
+    ]
+
+
+def _episode(
+    scene: Scene, recording: Recording, episode: plan.Episode, target: str, targets: Sequence[str]
+) -> tuple[bytes | Mapping[str, Any], int]:
+    """One episode's file, or why there is none, and its steps."""
+    try:
+        layout = layouts.make(scene, episode.layout, target, episode.seed)
+    except SteerError as e:
+        if e.code != "no_layout":
+            raise
+        return {"code": e.code, "sentence": str(e)}, 0
+    moved = episode.layout == "random"
+    others = [name for name in _nameable(scene, targets, moved) if name != target]
+    counterfactuals = Counterfactuals(scene.goal, scene.objects, target, episode.manner, others)
+    rng = np.random.default_rng([recording.seed, episode.index, 0xCF])
+    collector = _Collector(scene, recording, counterfactuals, rng)
     outcome = run(
         scene,
         layout,
-        assignment,
-        actor=follow(recording.noise, episode.index, STYLES[episode.style][1].speed),
+        Assignment(target, episode.style, episode.index, episode.manner),
+        actor=follow(recording.noise, episode.index, episode.manner.style().speed),
         on_step=collector.add,
     )
     if not outcome.released:
-        return None, outcome
-    concepts = STYLES[episode.style][0]
+        return asdict(outcome), outcome.steps
+    return _content(scene, recording, episode, layout, outcome, [target, *others], collector.arrays()), outcome.steps
+
+
+def _content(
+    scene: Scene,
+    recording: Recording,
+    episode: plan.Episode,
+    layout: layouts.Layout,
+    outcome: Outcome,
+    named: Sequence[str],
+    arrays: Mapping[str, np.ndarray],
+) -> bytes:
+    """An episode's file. named: the targets that it has labels for."""
+    target, moved = layout.target, layout.kind == "random"
+    concepts = episode.manner.concepts()
     chosen = choose(concepts, episode.index + 1_000_003 * recording.seed)
-    base = scene.instruction(target, moved=episode.layout == "random")
+    base = scene.instruction(target, moved)
     spoken = say(base, chosen)
     problem = {"problem_name": scene.domain_name, "domain_name": "robosuite", "language_instruction": spoken}
-    arrays = collector.arrays()
     attributes: dict[str, demonstrations.Value] = {
         "num_samples": outcome.steps,
         "init_state": layout.state,
         "language_instruction": spoken,
         "problem_info": dump(problem),
         "base_instruction": base,
+        "instructions": dump({name: scene.instruction(name, moved) for name in named}),
         "wordings": dump([w.id for w in chosen]),
         "style": episode.style,
+        "manner": np.array(astuple(episode.manner), np.uint8),
         "concepts": dump(list(concepts) or ["plain"]),
         "target": target,
         "target_label": scene.label(target),
@@ -178,11 +252,12 @@ def _episode(scene: Scene, recording: Recording, episode: plan.Episode, target: 
         "episode_index": episode.index,
         "noise": dump(asdict(recording.noise)),
         "image_stride": recording.stride,
-        "decimated": recording.thin,
+        "images": recording.images,
+        "decimated": recording.images and recording.thin,
         "outcome": dump(asdict(outcome)),
         "versions": dump(versions()),
     }
-    return demonstrations.build(episode.name, arrays, attributes, _file_attributes(scene, recording)), outcome
+    return demonstrations.build(episode.name, arrays, attributes, _file_attributes(scene, recording))
 
 
 def _file_attributes(scene: Scene, recording: Recording) -> Mapping[str, demonstrations.Value]:
@@ -221,8 +296,11 @@ def _file_attributes(scene: Scene, recording: Recording) -> Mapping[str, demonst
 class _Collector:
     """Gathers an episode's arrays, step by step, as the scene stands before each action."""
 
-    def __init__(self, scene: Scene, size: int, stride: int) -> None:
-        self._scene, self._size, self._stride = scene, size, stride
+    def __init__(
+        self, scene: Scene, recording: Recording, counterfactuals: Counterfactuals, rng: np.random.Generator
+    ) -> None:
+        self._scene, self._recording = scene, recording
+        self._counterfactuals, self._rng = counterfactuals, rng
         self._transform = load_module("robosuite.utils.transform_utils")
         self._rows: dict[str, list[Any]] = {}
 
@@ -249,10 +327,12 @@ class _Collector:
         for camera in CAMERAS:
             self._put(f"privileged/{camera}_points", scene.project(camera, points))
         self._put("privileged/phase", np.uint8(PHASES.index(step.expert.phase)))
-        if step.index % self._stride == 0:
-            for camera in CAMERAS:
-                self._put(f"obs/{camera}_rgb", scene.render(camera, self._size))
+        if step.index % self._recording.stride == 0:
             self._put("obs/image_index", np.int32(step.index))
+            for name, rows in self._counterfactuals.ask(seen, self._rng).items():
+                self._put(f"counterfactual/{name}", rows)
+            for camera in CAMERAS if self._recording.images else ():
+                self._put(f"obs/{camera}_rgb", scene.render(camera, self._recording.size))
 
     def arrays(self) -> dict[str, np.ndarray]:
         out = {path: np.stack(rows) for path, rows in self._rows.items()}

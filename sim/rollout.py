@@ -1,6 +1,6 @@
 """Episodes in a scene: who acts, what it costs, what came of it.
 
-Invariant: an episode is decided by its `Assignment` (scene, target, style, layout, noise seed) and the actor; the expert
+Invariant: an episode is decided by its `Assignment` (scene, target, manner, layout, noise seed) and the actor; the expert
 is asked in every step whoever acts, so that recordings and corrections (DAgger) carry clean labels.
 """
 
@@ -12,40 +12,54 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sim import layouts
-from sim.expert import Decision, Style, decide
+from sim.expert import Decision, decide
 from sim.grasp import hand_yaw
+from sim.manner import Manner
 from sim.scene import Scene, Snapshot
-from sim.wordings import Concept
 from steer_runtime.errors import SteerError, nearest
 
-STYLES: Mapping[str, tuple[tuple[Concept, ...], Style]] = {
-    "plain": ((), Style()),
-    "quickly": (("fast",), Style(speed=1.25)),
-    "slowly": (("slow",), Style(speed=0.37)),
-    "high": (("high",), Style(height=0.35)),
-    "quickly-high": (("fast", "high"), Style(speed=1.25, height=0.35)),
-    "slowly-high": (("slow", "high"), Style(speed=0.37, height=0.35)),
-    "careful": (("careful",), Style(near_speed=0.25)),
+STYLES: Mapping[str, Manner] = {
+    "plain": Manner(),
+    "quickly": Manner(pace=4),
+    "slowly": Manner(pace=0),
+    "high": Manner(height=2),
+    "low": Manner(height=0),
+    "careful": Manner(care=0),
+    "roughly": Manner(care=2),
+    "quickly-high": Manner(pace=4, height=2),
+    "slowly-high": Manner(pace=0, height=2),
 }
-"""Modulation -> the concepts that its wordings say, and how the expert does it."""
+"""Named modulations."""
+MIX = "mix"
+"""Name of a modulation that is drawn for each episode."""
 BASIC_STYLES: tuple[str, ...] = ("plain", "quickly", "slowly", "high")
-STEP_LIMIT = 400
-"""Steps after which an expert's episode counts as failed; slow and high takes 300 on libero_object."""
+STEP_LIMIT = 800
+"""Steps after which an expert's episode counts as failed; slow, high and careful takes 500 on libero_object."""
 REST_STEPS = 4
 """Steps recorded after the retreat: staying is to be learnt too."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What an episode is about. target: object name. style: a key of STYLES. noise_seed: of the executed noise."""
+    """What an episode is about. target: object name. style: a key of STYLES. noise_seed: of the executed noise.
+    manner: overrides the named style, which is then a mere label.
+
+    Raises SteerError('unknown_style') when neither says how.
+    """
 
     target: str
     style: str = "plain"
     noise_seed: int = 0
+    manner: Manner | None = None
 
     def __post_init__(self) -> None:
-        if self.style not in STYLES:
+        if self.manner is None and self.style not in STYLES:
             raise SteerError("unknown_style", f"modulation {self.style!r} is not known: {nearest(self.style, STYLES)}")
+
+    @property
+    def how(self) -> Manner:
+        """The manner given, or that of the named style."""
+        return STYLES[self.style] if self.manner is None else self.manner
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,7 @@ def run(
     step_limit: int = STEP_LIMIT,
 ) -> Outcome:
     """One episode from a settled layout. on_step is called before each step, while the scene shows its snapshot."""
-    style = STYLES[assignment.style][1]
+    style = assignment.how.style()
     actor = actor or follow(Noise(), assignment.noise_seed)
     snapshot = scene.begin(layout.state, settle=0)
     target = assignment.target

@@ -9,7 +9,7 @@ import numpy as np
 
 from sim import layouts
 from sim.plan import Episode
-from sim.rollout import STYLES, Assignment, Noise, Outcome, follow, run
+from sim.rollout import MIX, Assignment, Noise, Outcome, follow, run
 from sim.scene import Scene
 
 
@@ -51,10 +51,9 @@ def score(
             for episode in mine:
                 target = names[episode.target_index % len(names)]
                 layout = layouts.make(scene, episode.layout, target, episode.seed)
-                assignment = Assignment(target, episode.style, episode.index)
-                outcome = run(
-                    scene, layout, assignment, actor=follow(noise, episode.index, STYLES[episode.style][1].speed)
-                )
+                assignment = Assignment(target, episode.style, episode.index, episode.manner)
+                actor = follow(noise, episode.index, episode.manner.style().speed)
+                outcome = run(scene, layout, assignment, actor=actor)
                 out.append(Scored(episode, target, outcome, layout.resampled))
                 if on_episode is not None:
                     on_episode(out[-1])
@@ -72,10 +71,12 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def summary(scored: Sequence[Scored]) -> list[Row]:
-    """A row per modulation, in order of appearance, and one for all together."""
+    """A row per modulation, in order of appearance, and one for all together; drawn ones are grouped by pace."""
     groups: dict[str, list[Scored]] = {}
     for one in scored:
-        groups.setdefault(one.episode.style, []).append(one)
+        episode = one.episode
+        drawn = f"{MIX}, {episode.manner.words()[0]}"
+        groups.setdefault(drawn if episode.style == MIX else episode.style, []).append(one)
     rows = [_row(style, group) for style, group in groups.items()]
     return [*rows, _row("all", scored)] if len(rows) > 1 else rows
 

@@ -152,6 +152,11 @@ def choose(concepts: Iterable[Concept], seed: int, split: Split = "train") -> tu
     return tuple(out)
 
 
+def instruction_for(base: str, concepts: Iterable[Concept], seed: int, split: Split = "train") -> str:
+    """The base instruction with one wording of the split for each concept, by seed; no concepts: plain."""
+    return say(base, choose(concepts, seed, split))
+
+
 def say(instruction: str, chosen: Iterable[Wording]) -> str:
     """The instruction with every wording applied in turn, prefixes outside: 'quickly pick up ..., carry it high'."""
     for wording in sorted(chosen, key=lambda w: w.form == "prefix"):

@@ -58,7 +58,7 @@ def test_action_depends_on_the_snapshot_alone(scene: Scene, layout: layouts.Layo
     run(scene, layout, Assignment(SOUP, "quickly"), actor=actor)
     order = np.random.default_rng(0).permutation(len(snapshots))
     for i in order:
-        again = decide(snapshots[i], SOUP, scene.goal, STYLES["quickly"][1])
+        again = decide(snapshots[i], SOUP, scene.goal, STYLES["quickly"].style())
         assert np.array_equal(again.action, actions[i])
 
 
