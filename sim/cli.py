@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sim import data_cli
+from sim.evaluation import cli as evaluation_cli
 from sim.training import cli as training_cli
 
 
@@ -16,6 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command("report")(report)
     app.add_typer(data_cli.app)
     app.add_typer(training_cli.app)
+    app.add_typer(evaluation_cli.app)
 
 
 def report(

@@ -1,0 +1,258 @@
+"""`steer eval`: what a policy can do, each command one part of the reach table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sim.evaluation.episodes import Setting, Trial
+    from sim.evaluation.statistics import Line
+    from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+
+app = typer.Typer(name="eval", help="Measure what a policy can do, in process.", no_args_is_help=True)
+
+Policy = Annotated[str, typer.Argument(help="A policy YAML, or a bare name of configs/policies/.")]
+Suite = Annotated[str, typer.Option(help="libero_object, libero_spatial or libero_goal.")]
+Tasks = Annotated[str, typer.Option(help="Task ids, comma separated; empty: all pick-and-place tasks.")]
+Meshes = Annotated[str, typer.Option(help="original (the benchmark's) or thin (five times cheaper pictures).")]
+Size = Annotated[int, typer.Option(help="Pixels of both sides of both cameras.")]
+Split = Annotated[str, typer.Option(help="Wordings that prompts use: train or held_out.")]
+Limit = Annotated[int | None, typer.Option(help="Control steps an episode may take; default: the suite's own.")]
+Out = Annotated[Path | None, typer.Option(help="Results file (.jsonl); default: out/eval/<policy>-<command>.jsonl.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Another checkpoint directory than the policy file names.")]
+
+
+@app.command(
+    epilog="Examples:  steer eval success pocket  ·  steer eval success pocket --layouts random --episodes 100"
+)
+def success(
+    policy: Policy,
+    suite: Suite = "libero_object",
+    layouts: Annotated[str, typer.Option(help="official, jitter or random.")] = "official",
+    initial_states: Annotated[int, typer.Option(help="Official: initial states 0 to n - 1 of every task.")] = 10,
+    episodes: Annotated[int, typer.Option(help="Jitter and random: how many layouts.")] = 100,
+    style: Annotated[str, typer.Option(help="What prompts say: plain, quickly, slowly, high or careful.")] = "plain",
+    tasks: Tasks = "",
+    seed: int = 0,
+    meshes: Meshes = "original",
+    size: Size = 256,
+    split: Split = "train",
+    limit: Limit = None,
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Success by LIBERO's predicate at any step, with Wilson intervals; the official protocol or other layouts."""
+    from sim.evaluation import episodes as runs
+    from sim.evaluation import manner as manners
+    from sim.evaluation.success import summarise
+    from sim.layouts import KINDS
+    from steer_runtime.errors import SteerError, nearest
+
+    setting = _setting(suite=suite, meshes=meshes, size=size, split=split, limit=limit)
+    if style not in manners.STYLES:
+        raise SteerError("unknown_style", f"style {style[:40]!r} is not known: {nearest(style, manners.STYLES)}")
+    if layouts not in KINDS:
+        raise SteerError(
+            "unknown_layout", f"layout kind {layouts[:40]!r} is not known: expected one of {', '.join(KINDS)}"
+        )
+    chosen, concepts = runs.chosen_tasks(suite, _task_ids(tasks)), manners.STYLES[style]
+    if layouts == "official":
+        trials = runs.official(chosen, initial_states, concepts)
+    else:
+        trials = runs.randomised(chosen, episodes, seed, layouts, concepts)  # type: ignore[arg-type]
+    more = {"layouts": layouts, "style": style, "tasks": list(chosen), "seed": seed}
+    run = _Run(
+        policy, checkpoint, "success", f"success-{layouts}" + f"-{style}" * (style != "plain"), out, setting, more
+    )
+    run.episodes(trials, lambda rows: summarise(rows, layouts))
+
+
+@app.command(epilog="Examples:  steer eval grounding pocket --episodes 100")
+def grounding(
+    policy: Policy,
+    suite: Suite = "libero_object",
+    episodes: Annotated[int, typer.Option(help="How many, all instructions together.")] = 100,
+    instructions: Annotated[int, typer.Option(help="Objects asked for on each layout, in turn.")] = 2,
+    until: Annotated[
+        str, typer.Option(help="What ends an episode: the first object lifted, or the first placed.")
+    ] = "placed",
+    tasks: Tasks = "",
+    seed: int = 1,
+    meshes: Meshes = "original",
+    size: Size = 256,
+    limit: Limit = None,
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Is the object that was asked for the one that is taken? Randomised layouts, only the instruction changes."""
+    from sim.evaluation import episodes as runs
+    from sim.evaluation.grounding import summarise, trials
+    from steer_runtime.errors import SteerError
+
+    if until not in ("lifted", "placed"):
+        raise SteerError("bad_until", f"--until {until[:40]!r} is not known: expected lifted or placed")
+    setting = _setting(suite=suite, meshes=meshes, size=size, limit=limit, until=until)
+    chosen = runs.chosen_tasks(suite, _task_ids(tasks))
+    plan = trials(chosen, episodes, seed, instructions)
+    more = {"instructions": instructions, "tasks": list(chosen), "seed": seed}
+    run = _Run(policy, checkpoint, "grounding", "grounding", out, setting, more)
+    run.episodes(plan, lambda rows: summarise(rows, instructions))
+
+
+@app.command(epilog="Examples:  steer eval manner pocket --layouts 30  ·  steer eval manner pocket --split held_out")
+def manner(
+    policy: Policy,
+    suite: Suite = "libero_object",
+    layouts: Annotated[int, typer.Option(help="How many layouts, each run in every style.")] = 30,
+    kind: Annotated[str, typer.Option(help="official, jitter or random layouts.")] = "random",
+    styles: Annotated[str, typer.Option(help="Styles to pair, comma separated.")] = "plain,quickly,slowly,high",
+    tasks: Tasks = "",
+    seed: int = 2,
+    meshes: Meshes = "original",
+    size: Size = 256,
+    split: Split = "train",
+    limit: Limit = None,
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Does it move as its prompt says? Speed quickly : slowly and carrying height high minus plain, on equal layouts."""
+    from sim.evaluation import episodes as runs
+    from sim.evaluation.manner import STYLES, summarise, trials
+    from sim.layouts import KINDS
+    from steer_runtime.errors import SteerError, nearest
+
+    chosen_styles = _words(styles)
+    for style in chosen_styles or ("",):
+        if style not in STYLES:
+            raise SteerError("unknown_style", f"style {style[:40]!r} is not known: {nearest(style, STYLES)}")
+    if kind not in KINDS:
+        raise SteerError(
+            "unknown_layout", f"layout kind {kind[:40]!r} is not known: expected one of {', '.join(KINDS)}"
+        )
+    setting = _setting(suite=suite, meshes=meshes, size=size, split=split, limit=limit)
+    chosen = runs.chosen_tasks(suite, _task_ids(tasks))
+    plan = trials(chosen, layouts, seed, kind, chosen_styles)  # type: ignore[arg-type]
+    more = {"kind": kind, "tasks": list(chosen), "seed": seed}
+    name = "manner" if split == "train" else f"manner-{split}"
+    _Run(policy, checkpoint, "manner", name, out, setting, more).episodes(plan, summarise)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One command on one policy: where results go and what they were measured with."""
+
+    policy: str
+    checkpoint: Path | None
+    command: str
+    name: str
+    out: Path | None
+    setting: Setting
+    more: Mapping[str, Any]
+
+    def episodes(self, trials: Sequence[Trial], summarise: Callable[[Sequence[Mapping[str, Any]]], list[Line]]) -> None:
+        """Run the trials that are missing, write the summary and print it."""
+        from sim.benchmark import use_software_rendering
+        from sim.evaluation import episodes as runs
+        from sim.evaluation.results import results
+
+        use_software_rendering()
+        loaded = load(self.policy, self.checkpoint)
+        configuration = runs.configuration(loaded, self.command, self.setting, **self.more)
+        path = results_path(loaded, self.name, self.out)
+        with results(path, configuration) as file, bar("episodes", len(trials)) as tick:
+            tick(sum(trial.key in file.rows for trial in trials), "going on" if file.rows else "episodes")
+
+            def on_trial(trial: Trial, row: Mapping[str, Any]) -> None:
+                done = "refused" if "refused" in row else f"{row['steps']} steps{', success' * row['done']}"
+                tick(1, f"{trial.key}: {done}")
+
+            rows = runs.run_trials(loaded, trials, self.setting, file, on_trial=on_trial)
+        finish(loaded, path, configuration, summarise(rows), rows)
+
+
+def load(policy: str, checkpoint: Path | None) -> OpenVLAPolicy:
+    """The policy of a YAML or a bare name."""
+    from steer_runtime.policies import load_policy
+
+    return load_policy(policy, checkpoint=checkpoint)
+
+
+def results_path(policy: OpenVLAPolicy, name: str, out: Path | None) -> Path:
+    """--out, or out/eval/<policy>-<name>.jsonl. Raises SteerError('bad_out') for a name that does not end in .jsonl."""
+    from steer_runtime.errors import SteerError
+
+    if out is not None and out.suffix != ".jsonl":
+        raise SteerError("bad_out", f"--out {str(out)[:120]!r} is no results file: expected a name that ends in .jsonl")
+    return out or Path("out/eval") / f"{policy.name}-{name}.jsonl"
+
+
+def finish(
+    policy: OpenVLAPolicy,
+    path: Path,
+    configuration: Mapping[str, Any],
+    lines: Sequence[Line],
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the summary beside the results and print it."""
+    from rich.console import Console
+
+    from sim.evaluation.statistics import write_summary
+
+    written = write_summary(path, configuration, lines, rows)
+    console = Console()
+    console.print(table(f"{policy.name}{'' if policy.trained else ' (untrained policy)'}", lines))
+    refused = [str(row["refused"]) for row in rows if "refused" in row]
+    if refused:
+        console.print(f"{len(refused)} trials had no layout and are left out, e.g.: {refused[0]}")
+    console.print(f"{written}")
+
+
+def table(title: str, lines: Sequence[Line]) -> Any:
+    """A rich table of lines."""
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left")
+    for name in ("what", "value", "95 %", "n", "at least", "aim"):
+        out.add_column(name, no_wrap=True)
+    for line in lines:
+        out.add_row(*line.shown())
+    return out
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr; the function given advances it and shows a note."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        job = progress.add_task(what, total=total)
+        yield lambda by, note: progress.update(job, advance=by, description=note)
+
+
+def _setting(**values: Any) -> Setting:
+    from sim.evaluation.episodes import Setting
+
+    return Setting(**values)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _task_ids(text: str) -> tuple[int, ...] | None:
+    from steer_runtime.errors import SteerError
+
+    try:
+        return tuple(int(word) for word in _words(text)) or None
+    except ValueError:
+        raise SteerError(
+            "bad_tasks", f"--tasks {text[:80]!r} is not a list of task ids: expected for example 0,3,4"
+        ) from None
