@@ -51,6 +51,8 @@ RIM_MARGIN = 0.03
 """Height above the place's rim at which an object crosses it, m."""
 PASSING_MARGIN = 0.02
 """Height above other things at which the hand or what it holds passes over them, m."""
+NEAR = 0.10
+"""Distance from the grasp, and from where the object is let go, m, within which `Style.near_speed` holds."""
 HOVER = 0.08
 """How far over the object's top the hand waits until it is above it, m."""
 
@@ -61,7 +63,8 @@ class Style:
 
     speed: cap on the norm of the translation action; 1.0 moves 0.25 m/s, and no axis goes beyond 1. height: how far
     above the place's ground the object's underside is carried, m; None carries it as low as the way allows.
-    near_speed: cap on the last 10 cm to an object and on everything within 10 cm of a place.
+    near_speed: cap within 10 cm of the grasp and of where the object is let go; on the way up and across it goes at
+    speed.
     """
 
     speed: float = 0.65
@@ -151,7 +154,7 @@ def _deliver(snapshot: Snapshot, target: str, boxes: Boxes, place: Place, goal: 
     # The hand is wider than the basket: its lowest part, 3 cm above the grip site, stays above the rim.
     rest = max(place.rim - 0.035 - below, place.ground + 0.015) if place.inside else place.ground + 0.003
     yaw = 0.0 if place.inside else hand_yaw(snapshot.rotation)
-    near = style.near_speed if style.near_speed is not None and off < 0.10 else None
+    near = _near(style, eef, np.array([*aim, rest + below]))
     if off < COLUMN:
         fits = off < (FITS_INSIDE if place.inside else FITS_ON)
         # Opening has begun already: do not close again for a few millimetres.
@@ -200,15 +203,19 @@ def _take(snapshot: Snapshot, target: str, boxes: Boxes, place: Place, style: St
     ready = snapshot.opening > OPEN or (snapshot.opening > grasp.width + 0.004 and up < 0.0)
     floor = grasp.position[2] + aside if ready else hover
     height = float(np.clip(floor, grasp.position[2], travel if off > 0.03 else hover))
+    near = _near(style, eef, grasp.position)
     if height <= grasp.position[2] + 0.05 and off < 0.02:
         goal = np.array([*grasp.position[:2], height])
-        near = style.near_speed
         return _act(snapshot, "descend", goal, grasp.yaw, -1.0, style, style.speed, near)
     # Too low to go aside: rise first.
     share = float(np.clip(1.0 - (height - eef[2] - 0.01) / 0.04, 0.0, 1.0))
     goal = np.array([*(eef[:2] + share * (grasp.position[:2] - eef[:2])), height])
-    near = style.near_speed if off < 0.10 else None
     return _act(snapshot, "approach", goal, grasp.yaw, -1.0, style, style.speed, near)
+
+
+def _near(style: Style, eef: np.ndarray, position: np.ndarray) -> float | None:
+    """The cap near `position`; None beyond. Slow from carrying height on would take half of an episode."""
+    return style.near_speed if float(np.linalg.norm(position - eef)) < NEAR else None
 
 
 def _beyond_reach(error: np.ndarray, grasp: Grasp, slack: float) -> float:

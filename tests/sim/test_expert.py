@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sim import layouts
-from sim.expert import Decision, Style, decide
+from sim import grasp, layouts
+from sim.expert import NEAR, Decision, Style, decide
 from sim.rollout import STYLES, Assignment, Noise, follow, run, scatter_arm
 from sim.scene import Scene, Snapshot
 from steer_runtime.errors import SteerError
@@ -95,6 +96,20 @@ def test_quick_is_faster_than_slow_and_high_is_higher(scene: Scene, layout: layo
     assert high.released
     assert quick.speed / slow.speed > 1.8
     assert high.height - quick.height > 0.12
+
+
+def test_care_slows_the_last_centimetres_not_the_way_down_from_carrying_height(
+    scene: Scene, layout: layouts.Layout
+) -> None:
+    style = Style(speed=1.25, height=0.35, near_speed=0.2)
+    turned = _until(scene, layout, "descend", style)
+    spot = grasp.plan(turned, SOUP).position
+    for up, cap in ((NEAR + 0.01, 1.0), (NEAR - 0.01, 0.2)):
+        above = replace(turned, eef=spot + np.array([0.0, 0.0, up]))
+        move = decide(above, SOUP, scene.goal, style).action[:3]
+        assert np.linalg.norm(move) == pytest.approx(cap, abs=0.01)
+    lowering = _until(scene, layout, "lower", style)
+    assert np.linalg.norm(decide(lowering, SOUP, scene.goal, style).action[:3]) > 0.9
 
 
 def test_it_delivers_in_spite_of_noise(scene: Scene, layout: layouts.Layout) -> None:
