@@ -64,9 +64,11 @@ def test_policy_sees_what_the_robot_sends(scene: Scene, policy: OpenVLAPolicy) -
         theirs = robot.reset().observation(0, 0)
     assert ours.images.keys() == theirs.images.keys()
     for camera, image in theirs.images.items():
-        # The robot's sensors sample one substep of 2 ms before the step ends: an edge may move by a grey level.
-        np.testing.assert_allclose(ours.images[camera].astype(int), image.astype(int), atol=2)
-    np.testing.assert_allclose(ours.state, theirs.state, atol=1e-9)
+        # The robot's pictures are drawn one substep of 2 ms before the step ends: an edge may cross a pixel.
+        difference = np.abs(ours.images[camera].astype(int) - image)
+        assert (difference > 2).mean() < 0.005
+        assert (np.abs(ours.images[camera][::-1].astype(int) - image) > 2).mean() > 0.3
+    np.testing.assert_allclose(ours.state, theirs.state, atol=1e-4)
     assert ours.instruction == theirs.instruction
 
 
