@@ -9,7 +9,8 @@ the episodes' files beside it, so any HDF5 reader sees one file; move the folder
 
 What differs from LIBERO's files: each demo has its own instruction (attribute `language_instruction`); `actions` are
 those executed, noise included, and replay to `states`; `expert_actions` are the clean labels to train on; with an image
-stride above 1, `obs/image_index` says to which step an image belongs. Extras live in `privileged/`.
+stride above 1, `obs/image_index` says to which step an image belongs. Recordings without images have the same index and
+no `*_rgb`. Extras live in `privileged/`, labels for other targets and manners in `counterfactual/` (see `sim.record`).
 """
 
 from __future__ import annotations

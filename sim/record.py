@@ -179,7 +179,7 @@ class Counterfactuals:
         return manner
 
 
-def _nameable(scene: Scene, targets: Sequence[str], moved: bool) -> list[str]:
+def nameable(scene: Scene, targets: Sequence[str], moved: bool) -> list[str]:
     """The targets that an instruction can tell from all else in the scene: twins only while LIBERO's own relation does."""
     categories = [scene.category(name) for name in scene.objects]
     return [
@@ -200,7 +200,7 @@ def _episode(
             raise
         return {"code": e.code, "sentence": str(e)}, 0
     moved = episode.layout == "random"
-    others = [name for name in _nameable(scene, targets, moved) if name != target]
+    others = [name for name in nameable(scene, targets, moved) if name != target]
     counterfactuals = Counterfactuals(scene.goal, scene.objects, target, episode.manner, others)
     rng = np.random.default_rng([recording.seed, episode.index, 0xCF])
     collector = _Collector(scene, recording, counterfactuals, rng)

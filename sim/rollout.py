@@ -34,7 +34,7 @@ MIX = "mix"
 """Name of a modulation that is drawn for each episode."""
 BASIC_STYLES: tuple[str, ...] = ("plain", "quickly", "slowly", "high")
 STEP_LIMIT = 800
-"""Steps after which an expert's episode counts as failed; slow, high and careful takes 500 on libero_object."""
+"""Steps after which an expert's episode counts as failed; slow, high and careful takes 400, disturbed 500."""
 REST_STEPS = 4
 """Steps recorded after the retreat: staying is to be learnt too."""
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim import demonstrations
+from sim import demonstrations, layouts
 from sim.benchmark import use_software_rendering, versions
+from sim.expert import decide
 from sim.frames import Frames, record_frames
 from sim.libero_robot import LiberoRobot
-from sim.record import Progress, Recording, record
+from sim.manner import Manner
+from sim.record import OTHER_MANNERS, PHASES, Progress, Recording, nameable, record
 from sim.rollout import Noise
 from sim.scene import Scene
 from steer_runtime.errors import SteerError
@@ -88,15 +90,91 @@ def test_index_reads_like_liberos_files(recorded: Path) -> None:
         assert demo["obs/agentview_rgb"].shape == demo["obs/eye_in_hand_rgb"].shape == (images, 32, 32, 3)
 
 
-def test_executed_actions_replay_bit_identically_without_decimated_meshes(recorded: Path) -> None:
+def test_executed_actions_replay_bit_identically_and_other_labels_are_the_experts(recorded: Path) -> None:
+    """In a scene with full meshes, in which the expert is asked at other times: asking changes nothing."""
     demo = demonstrations.read(demonstrations.episodes_in(recorded)[0])
     states, actions = demo.arrays["states"], demo.arrays["actions"]
+    rows = {n: demo.arrays[f"counterfactual/{n}"] for n in ("actions", "target", "manner", "phase")}
+    names = json.loads(demo.attributes["object_names"])
+    sample_of = {int(step): sample for sample, step in enumerate(demo.arrays["obs/image_index"])}
     with Scene("libero_object", 6) as scene:
-        scene.begin(demo.attributes["init_state"], settle=0)
-        for state, action in zip(states, actions, strict=True):
+        snapshot = scene.begin(demo.attributes["init_state"], settle=0)
+        for index, (state, action) in enumerate(zip(states, actions, strict=True)):
             assert np.array_equal(scene.state(), state)
+            if index in sample_of:
+                found = [r[sample_of[index]] for r in rows.values()]
+                for label, target, manner, phase in zip(*found, strict=True):
+                    again = decide(snapshot, names[target], scene.goal, Manner(*manner.tolist()).style())
+                    assert np.array_equal(label, again.action.astype(np.float32))
+                    assert PHASES[phase] == again.phase
             scene.step(action)
+            snapshot = scene.snapshot()
         assert scene.satisfied(demo.attributes["target"])
+
+
+def test_other_labels_are_about_every_other_target_and_other_manners(recorded: Path) -> None:
+    demo = demonstrations.read(demonstrations.episodes_in(recorded)[0])
+    a, names = demo.attributes, json.loads(demo.attributes["object_names"])
+    samples, others = -(-a["num_samples"] // 10), len(json.loads(a["instructions"])) - 1
+    targets, manners = demo.arrays["counterfactual/target"], demo.arrays["counterfactual/manner"]
+    assert others >= 4
+    assert demo.arrays["counterfactual/actions"].shape == (samples, others + OTHER_MANNERS, 7)
+    own = names.index(a["target"])
+    assert a["manner"].tolist() == [4, 1, 1]
+    assert all({names[t] for t in row} == set(json.loads(a["instructions"])) for row in targets)
+    assert ((targets == own).sum(1) == OTHER_MANNERS).all()
+    assert not (manners[targets == own] == a["manner"]).all(1).any()
+    assert len(np.unique(manners[..., 0])) == 5
+
+
+def test_other_targets_are_moved_to_and_slow_labels_are_small(recorded: Path) -> None:
+    for path in demonstrations.episodes_in(recorded):
+        demo = demonstrations.read(path)
+        at = demo.arrays["obs/image_index"]
+        places = demo.arrays["privileged/positions"][at]
+        targets, actions = demo.arrays["counterfactual/target"], demo.arrays["counterfactual/actions"]
+        pace, norms = demo.arrays["counterfactual/manner"][..., 0], np.linalg.norm(actions[..., :3], axis=-1)
+        # The cap, but for where the arm is drawn in at the border of its reach.
+        assert np.median(norms[pace == 0]) <= 0.3301
+        assert np.median(norms[pace == 4]) > 2 * np.median(norms[pace == 0])
+        way = np.take_along_axis(places, targets[..., None].astype(int), 1)[..., :2] - places[:, -1:, :2]
+        distance, move = np.linalg.norm(way, axis=-1), np.linalg.norm(actions[..., :2], axis=-1)
+        own = json.loads(demo.attributes["object_names"]).index(demo.attributes["target"])
+        far = (targets != own) & (distance > 0.08) & (move > 0.05)
+        assert far.sum() > 20
+        towards = (way * actions[..., :2]).sum(-1)[far] / (distance * move)[far]
+        assert np.quantile(towards, 0.05) > 0.8
+
+
+def test_without_images_all_else_is_the_same(recorded: Path, tmp_path: Path) -> None:
+    record(replace(CONFIGURATION, episodes=1, images=False), tmp_path)
+    bare = demonstrations.read(demonstrations.episodes_in(tmp_path)[0])
+    full = demonstrations.read(demonstrations.episodes_in(recorded)[0])
+    assert full.arrays.keys() - bare.arrays.keys() == {"obs/agentview_rgb", "obs/eye_in_hand_rgb"}
+    assert all(np.array_equal(array, full.arrays[name]) for name, array in bare.arrays.items())
+    assert bare.attributes["instructions"] == full.attributes["instructions"]
+    assert not bare.attributes["decimated"]
+
+
+def test_episode_without_a_layout_is_kept_as_failed_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layouts, "ATTEMPTS", 0)
+    last = record(replace(CONFIGURATION, images=False), tmp_path)
+    assert last is not None
+    assert (last.recorded, last.failed) == (0, 2)
+    report = json.loads((tmp_path / "episodes" / TASK / "demo_1.failed.json").read_text())
+    assert report["code"] == "no_layout"
+
+
+def test_one_of_twins_is_named_only_where_its_relations_hold() -> None:
+    with Scene("libero_spatial", 0) as scene:
+        targets = layouts.targets(scene)
+        assert scene.category(scene.task_target) == "akita_black_bowl"
+        assert scene.task_target in nameable(scene, targets, moved=False)
+        left = nameable(scene, targets, moved=True)
+        assert left
+        assert set(left) == set(targets) - {scene.task_target}
 
 
 def test_clean_labels_stand_beside_executed_actions(recorded: Path) -> None:

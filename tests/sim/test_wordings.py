@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sim.wordings import CONCEPTS, RESERVED, Concept, choose, find, say, wordings
+from sim.wordings import CONCEPTS, RESERVED, SPLITS, Concept, choose, find, instruction_for, say, wordings
 from steer_runtime.errors import SteerError
 
 TASK = "pick up the butter and place it in the basket"
@@ -46,6 +46,15 @@ def test_plain_is_bare_in_about_half_of_the_draws() -> None:
 
 def test_two_concepts_are_both_said() -> None:
     assert say(TASK, [find("fast-01"), find("high-00")]) == f"quickly {TASK}, carry it high"
+
+
+def test_instruction_says_its_concepts_in_words_of_the_split() -> None:
+    for seed in range(30):
+        for split in SPLITS:
+            said = instruction_for(TASK, ["slow", "high"], seed, split)
+            ways = [say(TASK, [a, b]) for a in wordings("slow", split) for b in wordings("high", split)]
+            assert said in ways
+    assert instruction_for(TASK, [], 3) == say(TASK, choose([], 3))
 
 
 def test_unknown_wording_is_named() -> None:
