@@ -102,6 +102,7 @@ def expert(
 
 @app.command(
     epilog="Examples:  steer data record out/data/object --episodes 400 --noise 0.2 --rotation-noise 0.1  ·  "
+    "steer data record out/data/plain --no-images --layouts mixed --stride 2  ·  "
     "steer data record out/data/official --layouts official --own-target --original-meshes"
 )
 def record(
@@ -153,7 +154,7 @@ def record(
 
         def on_episode(progress: Progress) -> None:
             e = progress.episode
-            note = f"task {e.task_id} {progress.target} {e.style}: {progress.steps} steps, {progress.seconds:.1f} s"
+            note = f"task {e.task_id} {progress.target} {e.style} {'/'.join(e.manner.words())}: {progress.steps} steps, {progress.seconds:.1f} s"
             bar.update(job, completed=progress.recorded + progress.failed, description=note)
 
         try:
@@ -198,22 +199,28 @@ def check(folder: Annotated[Path, typer.Argument(help="A folder that `steer data
     from rich.table import Table
 
     from sim.demonstrations import iterate
+    from sim.manner import SLOTS
 
     styles: Counter[str] = Counter()
     targets: Counter[str] = Counter()
-    steps = 0
-    size = 0
+    words: Counter[str] = Counter()
+    steps = samples = size = 0
     for demo in iterate(folder):
         styles[demo.attributes["style"]] += 1
         targets[demo.attributes["target_label"]] += 1
+        for (slot, choices), index in zip(SLOTS.items(), demo.attributes["manner"], strict=True):
+            words[f"{slot}: {choices[index]}"] += 1
         steps += int(demo.attributes["num_samples"])
+        samples += len(demo.arrays["obs/image_index"])
         size += demo.path.stat().st_size
     table = Table("what", "episodes")
-    for name, count in [*styles.most_common(), *targets.most_common()]:
+    for name, count in [*styles.most_common(), *sorted(words.items()), *targets.most_common()]:
         table.add_row(name, str(count))
     console = Console()
     console.print(table)
-    console.print(f"{styles.total()} episodes, {steps} steps, {size / 1e6:.0f} MB, every checksum fits")
+    console.print(
+        f"{styles.total()} episodes, {steps} steps, {samples} samples, {size / 1e6:.0f} MB, every checksum fits"
+    )
 
 
 def _bar():  # type: ignore[no-untyped-def]
