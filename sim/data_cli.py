@@ -116,7 +116,7 @@ def record(
     own_target: OwnTarget = False,
     size: Annotated[int, typer.Option(help="Pixels of both sides of both cameras.")] = 128,
     stride: Annotated[int, typer.Option(help="A sample (images, counterfactual labels) every so many steps.")] = 1,
-    no_images: Annotated[bool, typer.Option("--no-images", help="Render nothing: five times faster.")] = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Render nothing, which is what costs most.")] = False,
     original_meshes: Annotated[
         bool, typer.Option("--original-meshes", help="Draw the full meshes: five times slower.")
     ] = False,
