@@ -143,6 +143,66 @@ def manner(
     _Run(policy, checkpoint, "manner", name, out, setting, more).episodes(plan, summarise)
 
 
+@app.command(epilog="Examples:  steer eval rate pocket  ·  steer eval rate pocket --threads 1")
+def rate(
+    policy: Policy,
+    inferences: Annotated[int, typer.Option(min=1, help="Timed ones.")] = 50,
+    warm_up: Annotated[int, typer.Option(min=0, help="Untimed ones before them.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    suite: Suite = "libero_object",
+    size: Size = 256,
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Actions a second from camera images to actions, where the time goes, and memory. Leave the machine alone meanwhile."""
+    from sim.benchmark import use_software_rendering
+    from sim.evaluation import rate as rates
+    from sim.policy_actor import observation_of
+    from sim.scene import Scene
+
+    use_software_rendering()
+    setting = _setting(suite=suite, size=size)
+    loaded = load(policy, checkpoint)
+    with Scene(suite, 0, render=True) as scene:
+        scene.begin(scene.task.initial_states[0])
+        observation = observation_of(scene, scene.task.instruction, size)
+    with bar("inferences", warm_up + inferences) as tick:
+        timings = rates.measure(
+            loaded, observation, inferences=inferences, warm_up=warm_up, threads=threads,
+            on_inference=lambda done, _: tick(1, "inferences"),
+        )  # fmt: skip
+    more = {"inferences": inferences, "warm_up": warm_up, "threads": threads}
+    _finish_without_episodes(loaded, "rate", out, setting, more, rates.summarise(loaded, timings, threads))
+
+
+@app.command(epilog="Examples:  steer eval labels pocket  ·  steer eval labels pocket-untrained --kept 0-3,26-29")
+def labels(
+    policy: Policy,
+    layers: Annotated[
+        str, typer.Option(help="The policy's layers, e.g. 4-7; default: those of the published model's later half.")
+    ] = "",
+    kept: Annotated[
+        str, typer.Option(help="SmolLM2's layers that the policy began with, where its checkpoint does not say.")
+    ] = "",
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Share of value vectors whose top-10 tokens still overlap the published SmolLM2's by half or more."""
+    from sim.evaluation import labels as surviving
+    from steer_runtime.cli.pocket import parse_layers
+    from steer_runtime.policies.pocket import smollm2_base
+
+    loaded = load(policy, checkpoint)
+    base = surviving.require_base(loaded, smollm2_base(parse_layers(kept)) if kept else None)
+    chosen = tuple(parse_layers(layers)) if layers else surviving.late_layers(base)
+    with bar("layers", len(chosen)) as tick:
+        shares = surviving.survival(
+            loaded, base, chosen, on_layer=lambda layer, value: tick(1, f"layer {layer}: {value:.1%}")
+        )
+    more = {"layers": list(chosen), "base": base.package, "published_layers": list(base.layers)}
+    _finish_without_episodes(loaded, "labels", out, None, more, surviving.summarise(loaded, base, shares))
+
+
 @dataclass(frozen=True)
 class _Run:
     """One command on one policy: where results go and what they were measured with."""
@@ -206,11 +266,27 @@ def finish(
 
     written = write_summary(path, configuration, lines, rows)
     console = Console()
+    if not console.is_terminal:
+        # A file or a pipe has no width of its own, and figures must not be cut.
+        console = Console(width=140)
     console.print(table(f"{policy.name}{'' if policy.trained else ' (untrained policy)'}", lines))
     refused = [str(row["refused"]) for row in rows if "refused" in row]
     if refused:
         console.print(f"{len(refused)} trials had no layout and are left out, e.g.: {refused[0]}")
     console.print(f"{written}")
+
+
+def _finish_without_episodes(
+    policy: OpenVLAPolicy,
+    command: str,
+    out: Path | None,
+    setting: Setting | None,
+    more: Mapping[str, Any],
+    lines: Sequence[Line],
+) -> None:
+    from sim.evaluation.episodes import configuration
+
+    finish(policy, results_path(policy, command, out), configuration(policy, command, setting, **more), lines)
 
 
 def table(title: str, lines: Sequence[Line]) -> Any:

@@ -253,12 +253,13 @@ def identity(policy: OpenVLAPolicy) -> dict[str, str]:
     return {"name": policy.name, "sha256": digest.hexdigest()}
 
 
-def configuration(policy: OpenVLAPolicy, command: str, setting: Setting, **more: Any) -> dict[str, Any]:
+def configuration(policy: OpenVLAPolicy, command: str, setting: Setting | None, **more: Any) -> dict[str, Any]:
     """The first line of a results file."""
     found = versions()
     # Not known before the first scene is built.
     found.pop("gl_backend")
-    return {"command": command, "policy": identity(policy), **asdict(setting), **more, "versions": found}
+    shared = asdict(setting) if setting is not None else {}
+    return {"command": command, "policy": identity(policy), **shared, **more, "versions": found}
 
 
 @contextmanager

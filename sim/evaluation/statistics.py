@@ -36,12 +36,15 @@ class Line:
     def shown(self) -> tuple[str, str, str, str, str, str]:
         """what, value, interval, n, least, aim as text."""
         interval = "" if self.low is None or self.high is None else f"{self._text(self.low)} to {self._text(self.high)}"
-        return self.what, self._text(self.value), interval, str(self.n), self._text(self.least), self._text(self.aim)
+        value = f"{self._text(self.value)} {self.unit if self.unit != '%' else ''}".strip()
+        return self.what, value, interval, str(self.n), self._text(self.least), self._text(self.aim)
 
     def _text(self, value: float | None) -> str:
         if value is None:
             return ""
-        return f"{value:.1%}" if self.unit == "%" else f"{value:.3g} {self.unit}".strip()
+        if self.unit == "%":
+            return f"{value:.1%}"
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def share(what: str, hits: int, n: int, *, least: float | None = None, aim: float | None = None) -> Line:
