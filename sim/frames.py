@@ -1,7 +1,7 @@
 """Pictures for learning to see: real arm poses, objects teleported at random, positions known.
 
 Invariant: shard `n` of a folder depends only on the configuration and `n`. Nothing is simulated between frames, so a
-frame costs its rendering; arm poses come from the expert's disturbed episodes, a few a shard. Frames look like those of
+frame costs its rendering; arm poses come from the expert's disturbed episodes, EPISODES_PER_SHARD of them a shard. Frames look like those of
 episodes but for physics: what is held stays in the hand, everything else stands on the ground.
 
     <folder>/recording.json          configuration and versions
@@ -27,8 +27,8 @@ from sim.rollout import STYLES, Assignment, Noise, Step, follow, run
 from sim.scene import CAMERAS, Scene
 from steer_runtime.errors import SteerError
 
-EPISODES_PER_SHARD = 3
-"""Expert episodes whose arm poses a shard uses."""
+EPISODES_PER_SHARD = 1
+"""Expert episodes whose arm poses a shard uses; each costs as much as a few hundred frames."""
 STAYS = 0.1
 """Share of frames in which the objects stay where the episode had them."""
 MAX_SHARD_FRAMES = 400

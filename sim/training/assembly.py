@@ -6,6 +6,7 @@ to that file and named in the configuration; so frozen layers and embeddings cos
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,21 +15,26 @@ from typing import Any
 
 import torch
 
+from sim.manner import SLOTS
 from sim.training.settings import PolicyTraining
 from sim.training.vision_weights import TowerFile
+from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.base import EMBEDDING, layer_tensors, read_base
-from steer_runtime.policies.openvla.checkpoint import save_checkpoint
-from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig
+from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
+from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.pocket import smollm2_base
 
 SHARD_BYTES = 40_000_000
 """Files of a shipped checkpoint stay under 45 MB."""
 _BINS, _PAD_ROWS = 256, 64
+_WAVES, _QUIET = 16, 0.05
+PROMPT = "{instruction}\nOut:"
+"""The published prompt without its question: each token of it costs time, and says nothing."""
 
 
-def assemble(settings: PolicyTraining, vision: TowerFile) -> OpenVLAModel:
-    """SmolLM2's kept layers behind the trained tower; projector, state encoder and action rows drawn from the seed.
+def assemble(settings: PolicyTraining, vision: TowerFile, tokenizer: Any) -> OpenVLAModel:
+    """SmolLM2's kept layers behind the trained tower; projector, state encoder, queries and action rows from the seed.
 
     Raises SteerError as `read_base`, 'bad_model_config'.
     """
@@ -53,8 +59,10 @@ def assemble(settings: PolicyTraining, vision: TowerFile) -> OpenVLAModel:
         base=base,
         state_tokens=settings.state_tokens,
         chunk=settings.chunk,
+        slots=slots(tokenizer),
+        parallel=settings.parallel,
+        prompt=PROMPT,
         image_size=vision.image_size,
-        patch=vision.patch,
         append_token_id=None,
         restrict_to_action_tokens=True,
         name=settings.name,
@@ -68,19 +76,67 @@ def assemble(settings: PolicyTraining, vision: TowerFile) -> OpenVLAModel:
             parameters[name][: len(value)] = value
         model.heatmap.load_state_dict(vision.tower.state_dict())
         initialise(model)
+        words = [
+            tokenizer.encode(" " + name.replace("_", " "), add_special_tokens=False) for name in vision.heat.classes
+        ]
+        table = model.language_model.model.embed_tokens.weight
+        model.projector.get_parameter("name").copy_(torch.stack([table[ids].mean(0) for ids in words]))
     return model
+
+
+def slots(tokenizer: Any) -> tuple[Slot, ...]:
+    """The words of `sim.manner` as tokens. Raises SteerError('bad_model_config') for a word that is not one token."""
+    out = []
+    for name, words in SLOTS.items():
+        spoken = tuple(" " + word for word in words)
+        ids = [tokenizer.encode(word, add_special_tokens=False) for word in spoken]
+        if any(len(i) != 1 for i in ids):
+            raise SteerError("bad_model_config", f"the words of slot {name!r} are not one token each: {spoken}")
+        out.append(Slot(name, spoken, tuple(int(i[0]) for i in ids)))
+    return tuple(out)
+
+
+def go_on(model: OpenVLAModel, start: Path) -> str:
+    """Fill everything but the vision tower from a finished policy of the same shape; returns the policy's sha256.
+
+    Raises SteerError as `load_checkpoint`, and 'other_checkpoint' for a policy of another shape.
+    """
+    there, _ = load_checkpoint(start, dtype=torch.float32)
+    ours = {n: p for n, p in model.named_parameters() if not n.startswith("heatmap.")}
+    theirs = {n: p for n, p in there.named_parameters() if not n.startswith("heatmap.")}
+    different = sorted({n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs}) or sorted(
+        n for n in ours if ours[n].shape != theirs[n].shape
+    )
+    if different or there.config.slots != model.config.slots:
+        raise SteerError(
+            "other_checkpoint",
+            f"{start} is a policy of another shape ({', '.join(different[:3]) or 'other slots'}): train without `start`",
+        )
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(theirs[name])
+    digest = hashlib.sha256()
+    for path in sorted(start.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
 def initialise(model: OpenVLAModel) -> None:
-    """New embeddings (image, state, action) get the size of word embeddings, or the first layers are deaf to the words."""
+    """New embeddings (image, state, query) get the size of word embeddings, or the first layers are deaf to the words.
+
+    Rows of action tokens begin small and smooth: neighbouring bins are alike (random mixtures of the first cosines).
+    """
     config = model.config
     table = model.language_model.model.embed_tokens.weight
     low = config.usable_vocab - config.n_bins
     spread = float(table[:low].std())
-    table[low : config.usable_vocab] = torch.randn(config.n_bins, config.lm.d_model) * spread
+    at = torch.linspace(0, torch.pi, config.n_bins)[:, None] * torch.arange(1, _WAVES + 1)
+    table[low : config.usable_vocab] = _QUIET * spread * torch.cos(at) @ torch.randn(_WAVES, config.lm.d_model)
     table[config.usable_vocab :] = 0.0
     last = [model.projector.fc3] + ([model.state_encoder.fc2] if model.state_encoder is not None else [])
+    if config.parallel:
+        model.action_queries.normal_(std=spread)
     for layer in last:
         torch.nn.init.normal_(layer.weight, std=spread * layer.in_features**-0.5)
         torch.nn.init.zeros_(layer.bias)

@@ -56,7 +56,7 @@ def policy(
     config: Config, data: Data = Path("out/data"), out: Out = Path("out/train"), minutes: Minutes = None
 ) -> None:
     """Teach a policy to act. Interrupt it at any moment; the same command resumes."""
-    from sim.training.assembly import assemble, write_policy
+    from sim.training.assembly import assemble, go_on, write_policy
     from sim.training.demonstration_data import DemonstrationData, load_demonstrations
     from sim.training.distillation import kept, teach
     from sim.training.policy import PolicySubject
@@ -74,14 +74,17 @@ def policy(
 
     def load(folders: tuple[Path, ...]) -> DemonstrationData:
         return load_demonstrations(
-            [data / f for f in folders], tower.tower, tower.digest, settings.chunk, out / "tokens"
+            [data / f for f in folders], tower.heat.classes, settings.chunk, tower.tower, tower.digest, out / "seen"
         )
 
-    model = assemble(settings, tower)
     learnt = load(settings.demonstrations)
     held_out = {"held_out": load(settings.held_out)} if settings.held_out else {}
     source, tokenizer = load_smollm2(find_gguf())
     with_action_tokens(tokenizer)
+    model = assemble(settings, tower, tokenizer)
+    origin = {"vision_sha256": tower.digest}
+    if settings.start is not None:
+        origin["start_sha256"] = go_on(model, (config.parent / settings.start).resolve())
     teaching = None
     if settings.distillation.weight:
         spec = settings.distillation
@@ -89,11 +92,11 @@ def policy(
         teaching = kept(path, partial(teach, source, spec, settings.seed, model.config.lm.bos_token_id))
     typer.echo(f"samples: train {len(learnt)}, " + ", ".join(f"{k} {len(v)}" for k, v in held_out.items()), err=True)
     base = model.config.base
-    origin = {"vision_sha256": tower.digest, "smollm2_sha256": base.sha256 if base else ""}
+    origin["smollm2_sha256"] = base.sha256 if base else ""
     subject = PolicySubject(settings, model, tokenizer, learnt, held_out, teaching=teaching, origin=origin)
     result = _run(settings, subject, folder, minutes)
     if result.finished:
-        card = _card(settings, subject, result, {"samples": len(learnt), "episodes": len(learnt.instructions)})
+        card = _card(settings, subject, result, {"samples": len(learnt), "episodes": int(learnt.episode.max()) + 1})
         typer.echo(write_policy(subject.net.settle(), finished, subject.table, card, tokenizer=tokenizer))
 
 
@@ -122,7 +125,7 @@ def _export_tower(
         "what": "vision tower of the pocket OpenVLA: heatmaps of object classes, two cameras",
         **_card(settings, subject, result, data, scores),
     }
-    path = save_tower(subject.tower, subject.heat, shape.image_size, shape.patch, folder / "vision", about)
+    path = save_tower(subject.tower, subject.heat, shape.image_size, folder / "vision", about)
     typer.echo(f"{path}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 
 

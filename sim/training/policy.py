@@ -1,30 +1,38 @@
-"""Policy training: action tokens from image tokens, proprioception and words.
+"""Policy training: words and action tokens from what is seen, what is felt and what was asked.
 
-Invariant: a training forward computes what `OpenVLAModel` computes when it decodes the same tokens (the vision tower is
-frozen and its tokens come from a cache); word embeddings stay those of the published SmolLM2.
+Invariant: a training forward computes what `OpenVLAModel` computes when it decodes the same tokens; the word embeddings
+stay those of the published SmolLM2.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional
 
+from sim.manner import SLOTS, Manner
 from sim.training.demonstration_data import DemonstrationData, normalised, statistics
 from sim.training.distillation import Teaching, distillation_loss, label_survival
 from sim.training.low_rank import adapt, merge
 from sim.training.settings import PolicyTraining
 from sim.training.trainer import Order
+from sim.wordings import instruction_for
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import prompt_text
+from steer_runtime.policies.openvla.vision_heatmap import geometry
 
 _SCORED = 512
 """Held-out samples that a validation scores, spread evenly."""
-_LAYERS = "model.language_model.model.layers"
+_ACTION = 7
+_OUTLIER = 0.05
+"""Standard deviation of a badly seen object's position, m."""
 
 
 class PolicyNet(nn.Module):
@@ -41,6 +49,10 @@ class PolicyNet(nn.Module):
         table = model.language_model.model.embed_tokens.weight
         self.action_rows = nn.Parameter(table[self.low : model.config.usable_vocab].detach().clone())
         model.projector.requires_grad_(True)
+        if model.config.heatmap is not None:
+            model.projector.centre.requires_grad_(False)
+        if model.config.parallel:
+            model.action_queries.requires_grad_(True)
         if model.state_encoder is not None:
             model.state_encoder.requires_grad_(True)
             model.state_encoder.mean.requires_grad_(False)
@@ -58,34 +70,55 @@ class PolicyNet(nn.Module):
         decoder.embed_tokens.weight.requires_grad_(False)
 
     def forward(
-        self, tokens: Tensor, states: Tensor, prompts: Sequence[Sequence[int]], targets: Tensor, noise: float = 0.0
-    ) -> Tensor:
-        """Logits [B, T, n_bins] in order of ids, after each of the tokens before it was the right one.
+        self,
+        seen: Tensor,
+        states: Tensor,
+        prompts: Sequence[Sequence[int]],
+        said: Tensor,
+        targets: Tensor,
+        noise: float = 0.0,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Each slot's logits [B, words], and the action tokens' [B, T, n_bins] in order of ids, when all before was right.
 
-        tokens [B, P, hidden] of the tower, states [B, STATE_SIZE], prompts: ids with BOS first, targets int64 [B, T] rows
-        of action_rows. noise: standard deviation added to all embeddings, in units of the word embeddings' own.
+        seen [B, C, GEOMETRY], states [B, STATE_SIZE], prompts: ids with BOS first, said int64 [B, slots]: which word,
+        targets int64 [B, T] rows of action_rows; T may be less than the policy's where the tokens are decoded in parallel.
+        noise: standard deviation added to all embeddings, in units of the word embeddings' own.
         """
-        decoder = self.model.language_model.model
-        bos = torch.tensor([[prompt[0]] for prompt in prompts])
+        model, config = self.model, self.model.config
+        decoder = model.language_model.model
+        assert model.state_encoder is not None
+        tokens = targets.shape[1]
         longest = max(len(p) for p in prompts) - 1
-        rest = torch.tensor([[0] * (longest - len(p) + 1) + list(p[1:]) for p in prompts])
+        ids = torch.tensor([[0] * (longest - len(p) + 1) + list(p[1:]) for p in prompts])
         real = torch.tensor([[0] * (longest - len(p) + 1) + [1] * (len(p) - 1) for p in prompts])
-        parts = [decoder.embed_tokens(bos), self.model.projector(tokens)]
-        if self.model.state_encoder is not None:
-            parts.append(self.model.state_encoder(states))
-        seen = sum(part.shape[1] for part in parts)
-        parts += [decoder.embed_tokens(rest), self.action_rows[targets[:, :-1]]]
+        bos = torch.tensor([[prompt[0]] for prompt in prompts])
+        words = [torch.tensor(slot.ids)[said[:, i : i + 1]] for i, slot in enumerate(config.slots)]
+        acting = self.action_rows[targets[:, :-1]]
+        if config.parallel:
+            acting = model.action_queries[:tokens].expand(len(prompts), -1, -1)
+        parts = [decoder.embed_tokens(bos), model.objects(seen, states), model.state_encoder(states)]
+        parts += [decoder.embed_tokens(torch.cat((ids, *words), 1)), acting]
         embeddings = torch.cat(parts, 1)
         if noise:
             spread = decoder.embed_tokens.weight[: self.low].std()
             embeddings = embeddings + noise * spread * torch.randn_like(embeddings)
-        ones = torch.ones(len(prompts), seen, dtype=torch.long)
-        mask = torch.cat((ones, real, torch.ones_like(targets[:, :-1])), 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = decoder(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        return hidden[:, -targets.shape[1] :] @ self.action_rows.T
+        before = torch.ones(len(prompts), sum(part.shape[1] for part in parts[:3]), dtype=torch.long)
+        after = torch.ones(len(prompts), len(words) + acting.shape[1], dtype=torch.long)
+        mask = torch.cat((before, real, after), 1)
+        # On a CPU and sequences this short the plain product is faster in the backward pass than the fused one.
+        with sdpa_kernel(SDPBackend.MATH):
+            hidden = decoder(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+            ).last_hidden_state
+        first = hidden.shape[1] - acting.shape[1] - len(words) - 1
+        told = [
+            hidden[:, first + i] @ decoder.embed_tokens.weight[torch.tensor(slot.ids)].T
+            for i, slot in enumerate(config.slots)
+        ]
+        return told, hidden[:, -tokens:] @ self.action_rows.T
 
     def words(self, ids: Tensor) -> Tensor:
         """Next-token logits [B, L - 1, words] on plain text ids [B, L]."""
@@ -105,8 +138,10 @@ class PolicyNet(nn.Module):
 class PolicySubject:
     """A policy, demonstrations to learn from and demonstrations to score it on.
 
-    loss = sum over action tokens of CE(softmax(-(b - y)^2 / (2 s^2)) over bins b, logits), gripper tokens weighted, plus
-    the distillation on every so many steps.
+    A step's batch: samples with the episode's own words and whole chunk, and as many further labels of the same states,
+    other targets or other manners, of which only the first action is known.
+    loss = CE of the action tokens to softmax(-(b - y)^2 / (2 s^2)) over bins b, gripper tokens weighted,
+    + word_weight * CE of the said words, + the distillation on every so many steps.
     """
 
     def __init__(
@@ -121,25 +156,23 @@ class PolicySubject:
         origin: Mapping[str, str] | None = None,
     ) -> None:
         """origin: name -> hash of the weights that `model` brings along."""
-        self._settings, self._data, self._held_out, self._teaching = settings, data, dict(held_out), teaching
+        self._settings, self._held_out, self._teaching = settings, dict(held_out), teaching
+        self._parts = {"train": data, **self._held_out}
         self._origin = dict(origin or {})
         torch.manual_seed(settings.seed)
         config = model.config
         self.table = statistics(data, settings.suite)
         self._statistics = select_statistics(self.table, settings.suite, "the demonstrations")
-        if model.state_encoder is not None:
-            with torch.no_grad():
-                model.state_encoder.mean.copy_(data.states.mean(0))
-                model.state_encoder.scale.copy_(data.states.std(0).clamp(min=1e-3))
+        if not self._origin.get("start_sha256"):
+            _set_scales(model, data)
         self._down_before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.language_model.model.layers]
         self.net = PolicyNet(model, settings)
         self.module: nn.Module = self.net
-        self._tokenizer = ActionTokenizer(config.usable_vocab, config.n_bins)
-        self._rows = {name: self._targets(part) for name, part in {"train": data, **self._held_out}.items()}
-        self._prompts = {
-            name: [_prompt(tokenizer, config.lm.bos_token_id, words) for words in part.instructions]
-            for name, part in {"train": data, **self._held_out}.items()
-        }
+        self._tokenizer, self._bos = tokenizer, config.lm.bos_token_id
+        self._actions = ActionTokenizer(config.usable_vocab, config.n_bins)
+        self._rows = {name: self._targets(part.actions) for name, part in self._parts.items()}
+        self._other_rows = {name: self._targets(part.other_actions) for name, part in self._parts.items()}
+        self._word_weight = word_weights(data, settings.tell)
         self._order = Order(len(data), settings.batch, settings.seed)
         self._texts = (
             Order(len(teaching.ids), settings.distillation.batch, settings.seed + 1) if teaching is not None else None
@@ -147,56 +180,95 @@ class PolicySubject:
 
     def fingerprint(self) -> Mapping[str, str]:
         taught = self._teaching.digest if self._teaching is not None else ""
-        return {"demonstrations_sha256": self._data.digest, "teaching_sha256": taught, **self._origin}
+        return {"demonstrations_sha256": self._parts["train"].digest, "teaching_sha256": taught, **self._origin}
 
     def rate(self, name: str) -> float:
         return self._settings.language_model.rate if "language_model" in name else 1.0
 
     def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
-        s = self._settings
+        s, data = self._settings, self._parts["train"]
         indices = self._order.indices(step)
-        states = self._data.states[indices]
-        assert self.net.model.state_encoder is not None
-        states = states + s.state_noise * self.net.model.state_encoder.scale * torch.randn_like(states)
+        encoder = self.net.model.state_encoder
+        assert encoder is not None
+        states = data.states[indices]
+        states = states + s.state_noise * encoder.scale * torch.randn_like(states)
         # The gripper command is a sign; noise would only teach to ignore it.
-        states[:, -1] = self._data.states[indices, -1]
-        targets = self._rows["train"][indices]
-        logits = self.net(
-            self._data.tokens[indices].float(), states, self._spoken("train", indices), targets, s.embedding_noise
-        )
+        states[:, -1] = data.states[indices, -1]
+        seen = self._look(indices)
+        told = torch.rand(len(indices), len(SLOTS)) < s.tell
+        prompts = [
+            self._prompt("train", int(data.spoken[i]), data.manners[i], told[row])
+            for row, i in enumerate(indices.tolist())
+        ]
+        targets = self._rows["train"][indices].flatten(1)
+        words, logits = self.net(seen, states, prompts, data.manners[indices], targets, s.embedding_noise)
         action = action_loss(logits, targets, s.smoothing, s.gripper_weight)
-        parts = {"action": float(action.detach())}
-        total = action
+        # In the episode's own state the height can be seen, so an untold word is learnt from the further labels only.
+        word = word_loss(words, data.manners[indices], told, None)
+
+        chosen = self._others("train", indices)
+        there = (data.other_spoken[indices, chosen] >= 0).nonzero()[:, 0]
+        indices, chosen = indices[there], chosen[there]
+        manners = data.other_manners[indices, chosen]
+        told = torch.rand(len(indices), len(SLOTS)) < s.tell
+        prompts = [
+            self._prompt("train", int(data.other_spoken[i, k]), manners[row], told[row])
+            for row, (i, k) in enumerate(zip(indices.tolist(), chosen.tolist(), strict=True))
+        ]
+        targets = self._other_rows["train"][indices, chosen]
+        words, logits = self.net(seen[there], states[there], prompts, manners, targets, s.embedding_noise)
+        other = action_loss(logits, targets, s.smoothing, s.gripper_weight)
+        other_word = word_loss(words, manners, told, self._word_weight)
+        parts = {"action": action, "word": word, "other_action": other, "other_word": other_word}
+        total = (action + other) / 2 + s.word_weight * (word + other_word) / 2
         spec = s.distillation
         if self._teaching is not None and self._texts is not None and spec.weight and step % spec.every == 0:
             texts = self._texts.indices(step // spec.every)
-            words = self.net.words(self._teaching.ids[texts])
-            distilled = distillation_loss(words, self._teaching.top[texts], self._teaching.chance[texts])
-            parts["distillation"] = float(distilled.detach())
+            written = self.net.words(self._teaching.ids[texts])
+            distilled = distillation_loss(written, self._teaching.top[texts], self._teaching.chance[texts])
+            parts["distillation"] = distilled
             total = total + spec.weight * distilled
-        return total, parts
+        return total, {name: float(part.detach()) for name, part in parts.items()}
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """Teacher-forced scores: bin_error (bins, mean over motion), action_error (share of full scale), gripper (share
-        right), each held-out set; label_survival, mean over layers."""
+        """Scores with the right words, each held-out set, own chunk and (other_) first action of another target or manner:
+        bin_error (bins, mean over motion), action_error (share of full scale), gripper (share right); words (share of the
+        words that the prompt tells); label_survival, mean over layers."""
         self.module.eval()
         scores: dict[str, float] = {}
         for name, data in self._held_out.items():
-            chosen = torch.linspace(0, len(data) - 1, min(_SCORED, len(data))).long()
-            found = []
-            for indices in chosen.split(32):
-                targets = self._rows[name][indices]
-                logits = self.net(
-                    data.tokens[indices].float(), data.states[indices], self._spoken(name, indices), targets
-                )
-                found.append(logits.argmax(-1).unflatten(1, (-1, 7)))
-            rows, right = torch.cat(found), self._rows[name][chosen].unflatten(1, (-1, 7))
-            error = (rows - right).abs().float()
+            every = torch.linspace(0, len(data) - 1, min(_SCORED, len(data))).long()
+            found: dict[str, list[Tensor]] = {}
+            for indices in every.split(32):
+                seen = torch.where(data.seen[indices].isnan(), data.exact[indices], data.seen[indices])
+                chosen = self._others(name, indices)
+                there = data.other_spoken[indices, chosen] >= 0
+                chosen = torch.where(there, chosen, 0)
+                for kind, spoken, manners, targets in (
+                    ("", data.spoken[indices], data.manners[indices], self._rows[name][indices].flatten(1)),
+                    (
+                        "other_", data.other_spoken[indices, chosen], data.other_manners[indices, chosen],
+                        self._other_rows[name][indices, chosen],
+                    ),
+                ):  # fmt: skip
+                    told = torch.ones(len(indices), len(SLOTS), dtype=torch.bool)
+                    prompts = [self._prompt(name, int(t), m, d) for t, m, d in zip(spoken, manners, told, strict=True)]
+                    words, logits = self.net(seen, data.states[indices], prompts, manners, targets)
+                    found.setdefault(f"{kind}rows", []).append(logits.argmax(-1).unflatten(1, (-1, _ACTION)))
+                    found.setdefault(f"{kind}right", []).append(targets.unflatten(1, (-1, _ACTION)))
+                    mentioned = _mentioned(manners, told)
+                    best = torch.stack([logit.argmax(-1) for logit in words], 1) if words else manners
+                    found.setdefault("words", []).append((best == manners)[mentioned].float())
             half = self.net.action_rows.shape[0] / 2
-            scores[f"{name}/bin_error"] = float(error[..., :6].mean())
-            scores[f"{name}/action_error"] = float(error[..., :6].mean() / half)
-            scores[f"{name}/gripper"] = float(((rows[..., 6] < half / 2) == (right[..., 6] < half / 2)).float().mean())
+            for kind in ("", "other_"):
+                rows, right = torch.cat(found[f"{kind}rows"]), torch.cat(found[f"{kind}right"])
+                error = (rows - right).abs().float()
+                scores[f"{name}/{kind}bin_error"] = float(error[..., :6].mean())
+                scores[f"{name}/{kind}action_error"] = float(error[..., :6].mean() / half)
+                same = (rows[..., 6] < half / 2) == (right[..., 6] < half / 2)
+                scores[f"{name}/{kind}gripper"] = float(same.float().mean())
+            scores[f"{name}/words"] = float(torch.cat(found["words"]).mean())
         scores["label_survival"] = self.label_survival()
         return scores
 
@@ -213,14 +285,35 @@ class PolicySubject:
         unchanged = len(self._down_before) - len(shares)
         return (sum(shares) + unchanged) / len(self._down_before)
 
-    def _targets(self, data: DemonstrationData) -> Tensor:
-        """int64 [N, 7 * chunk]: rows of the action tokens."""
-        ids = self._tokenizer.encode(normalised(data.actions, self._statistics).reshape(-1))
-        return torch.from_numpy(ids - self.net.low).reshape(len(data), -1)
+    def _look(self, indices: Tensor) -> Tensor:
+        """What the policy is shown: the tower's view, or the exact one with errors like the tower's."""
+        data, s = self._parts["train"], self._settings
+        exact, seen = data.exact[indices], data.seen[indices]
+        blurred = disturbed(exact, s.sight_noise)
+        use = (torch.rand(len(indices)) < s.seen_share) & ~seen.isnan().flatten(1).any(1)
+        return torch.where(use[:, None, None], seen.nan_to_num(), blurred)
 
-    def _spoken(self, name: str, indices: Tensor) -> list[list[int]]:
-        data = self._data if name == "train" else self._held_out[name]
-        return [self._prompts[name][int(e)] for e in data.episode[indices]]
+    def _others(self, name: str, indices: Tensor) -> Tensor:
+        """int64 [B]: one further label of each sample, by torch's generator in training."""
+        data = self._parts[name]
+        count = (data.other_spoken[indices] >= 0).sum(1).clamp(min=1)
+        if name == "train":
+            return (torch.rand(len(indices)) * count).long()
+        return indices % count
+
+    def _prompt(self, name: str, spoken: int, manner: Tensor, told: Tensor) -> list[int]:
+        """Ids of an instruction in a wording that says the told slots of the manner."""
+        plain = astuple(Manner())
+        levels = [int(m) if bool(t) else p for m, t, p in zip(manner, told, plain, strict=True)]
+        seed = int(torch.randint(2**31, ()))
+        words = instruction_for(self._parts[name].instructions[spoken], Manner(*levels).concepts(), seed)
+        text = prompt_text(self.net.model.config, words)
+        return [self._bos, *self._tokenizer.encode(text, add_special_tokens=False)]
+
+    def _targets(self, actions: Tensor) -> Tensor:
+        """int64 [..., 7] of actions [..., 7]: rows of the action tokens."""
+        ids = self._actions.encode(normalised(actions, self._statistics).reshape(-1))
+        return torch.from_numpy(ids - self.net.low).reshape(actions.shape)
 
 
 def action_loss(logits: Tensor, targets: Tensor, smoothing: float, gripper_weight: float) -> Tensor:
@@ -237,5 +330,75 @@ def action_loss(logits: Tensor, targets: Tensor, smoothing: float, gripper_weigh
     return (losses * weight).sum() / (weight.sum() * len(losses))
 
 
-def _prompt(tokenizer: Any, bos: int, instruction: str) -> list[int]:
-    return [bos, *tokenizer.encode(prompt_text(instruction), add_special_tokens=False)]
+def word_loss(words: Sequence[Tensor], manners: Tensor, told: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
+    """Cross-entropy of each slot's logits [B, words] to the manner's word, mean over samples and slots.
+
+    A slot that the prompt tells of counts once. One that it does not counts with weights[slot][word], or not at all.
+    """
+    if not words:
+        return manners.new_zeros((), dtype=torch.float32)
+    mentioned = _mentioned(manners, told)
+    losses = []
+    for i, logits in enumerate(words):
+        weight = mentioned[:, i].float()
+        if weights is not None:
+            weight = torch.where(mentioned[:, i], 1.0, weights[i][manners[:, i]])
+        losses.append((weight * functional.cross_entropy(logits, manners[:, i], reduction="none")).mean())
+    return torch.stack(losses).mean()
+
+
+def word_weights(data: DemonstrationData, tell: float, plain: float = 0.6) -> list[Tensor]:
+    """A slot's weights [words] that make plain's share `plain` where a prompt says nothing, the rest even.
+
+    So an untold manner is plain by default, and another word takes little: what a prompt leaves open, steering may decide.
+    """
+    manners = data.other_manners[data.other_spoken >= 0]
+    out = []
+    for i, (slot, default) in enumerate(zip(SLOTS.values(), astuple(Manner()), strict=True)):
+        count = torch.bincount(manners[:, i], minlength=len(slot)).float()
+        levels = torch.tensor([astuple(Manner()) for _ in slot])
+        levels[:, i] = torch.arange(len(slot))
+        silent = 1.0 - tell * _mentioned(levels, torch.ones_like(levels, dtype=torch.bool))[:, i].float()
+        share = count * silent / (count * silent).sum()
+        wanted = torch.full((len(slot),), (1 - plain) / (len(slot) - 1))
+        wanted[default] = plain
+        out.append(torch.where(share > 0, wanted / share.clamp(min=1e-6), 0.0))
+    return out
+
+
+def _mentioned(manners: Tensor, told: Tensor) -> Tensor:
+    """bool [B, slots]: prompts say the ends of the slots only (`Manner.concepts`)."""
+    ends = torch.zeros_like(told)
+    ends[:, 0] = (manners[:, 0] == 0) | (manners[:, 0] == len(SLOTS["pace"]) - 1)
+    ends[:, 1] = manners[:, 1] == len(SLOTS["height"]) - 1
+    ends[:, 2] = manners[:, 2] == 0
+    return ends & told
+
+
+def disturbed(exact: Tensor, size: float) -> Tensor:
+    """Geometry [B, C, GEOMETRY] with errors as a tower makes them; size: of a position, m, one object in 25 far worse."""
+    place, position, present, wrist_place, wrist_present = exact.split((2, 3, 1, 2, 1), -1)
+    bad = (torch.rand_like(present) < 0.04).float()
+    spread = size + bad * _OUTLIER
+    flip = (torch.rand_like(wrist_present) < 0.04).float()
+    close = (wrist_present - flip).abs()
+    close = (close + 0.1 * torch.randn_like(close)).clamp(0, 1)
+    # A fifth of the picture's width is about 0.2 m on the ground.
+    return geometry(
+        place + spread * torch.randn_like(place),
+        position + spread * torch.randn_like(position) * torch.tensor([1.0, 1.0, 0.7]),
+        present[..., 0],
+        wrist_place + 2 * size * torch.randn_like(wrist_place),
+        close[..., 0],
+    )
+
+
+@torch.no_grad()
+def _set_scales(model: OpenVLAModel, data: DemonstrationData) -> None:
+    """The parameters that are set from the data and not trained."""
+    assert model.state_encoder is not None
+    model.state_encoder.mean.copy_(data.states.mean(0))
+    model.state_encoder.scale.copy_(data.states.std(0).clamp(min=1e-3))
+    there = data.exact[..., 5] > 0
+    centre = model.projector.get_parameter("centre")
+    centre.copy_(data.exact[..., 2:5][there].mean(0))

@@ -169,7 +169,8 @@ def _one_step(
     subject.module.train()
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(settings, step) * group["share"]
-    loss, parts = subject.loss(step)
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        loss, parts = subject.loss(step)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise SteerError(

@@ -42,14 +42,15 @@ class VisionSubject:
                 f"the frames have {data.agentview.shape[-1]} pixels and the tower {size}: make them equal",
             )
         torch.manual_seed(settings.seed)
-        heat = HeatmapConfig(classes=data.classes, **settings.tower.model_dump(exclude={"image_size", "patch"}))
+        heat = HeatmapConfig(classes=data.classes, **settings.tower.model_dump(exclude={"image_size"}))
         self._heat = heat
-        self.module: nn.Module = HeatmapTower(heat, size, settings.tower.patch)
-        nn.init.normal_(self.tower.position_embedding, std=0.02)
+        self.module: nn.Module = HeatmapTower(heat, size)
+        for eye in (self.tower.front, self.tower.wrist):
+            nn.init.normal_(eye.position_embedding, std=0.02)
         self._start = ""
         if settings.start is not None:
             began = load_tower(settings.start)
-            if (began.heat, began.image_size, began.patch) != (heat, size, settings.tower.patch):
+            if (began.heat, began.image_size) != (heat, size):
                 raise SteerError(
                     "other_checkpoint",
                     f"{settings.start} is a tower of another shape or other classes: start without it",

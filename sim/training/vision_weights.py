@@ -32,17 +32,16 @@ class TowerFile:
     tower: HeatmapTower
     heat: HeatmapConfig
     image_size: int
-    patch: int
     card: Mapping[str, Any]
     digest: str
 
 
 def save_tower(
-    tower: HeatmapTower, heat: HeatmapConfig, image_size: int, patch: int, folder: Path, about: Mapping[str, Any]
+    tower: HeatmapTower, heat: HeatmapConfig, image_size: int, folder: Path, about: Mapping[str, Any]
 ) -> Path:
     """Write weights (float16) and card.json (`about`, and what the tower is). Raises as `write_atomically`."""
     content = save({_ROOT + name: p.detach().half().contiguous() for name, p in tower.named_parameters()})
-    shape = {"heatmap": asdict(heat), "image_size": image_size, "patch": patch}
+    shape = {"heatmap": asdict(heat), "image_size": image_size}
     card = {**about, "tower": shape, "sha256": hashlib.sha256(content).hexdigest(), "dtype": "float16"}
     write_atomically(folder / WEIGHTS, content)
     write_atomically(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
@@ -57,7 +56,7 @@ def load_tower(folder: Path) -> TowerFile:
         shape = card["tower"]
         heat = dict(shape["heatmap"])
         config = HeatmapConfig(classes=tuple(heat.pop("classes")), **heat)
-        size, patch = int(shape["image_size"]), int(shape["patch"])
+        size = int(shape["image_size"])
     except FileNotFoundError as error:
         raise SteerError(
             "no_checkpoint", f"{error.filename} is not there: train a tower with `steer train vision`, or mend the path"
@@ -69,10 +68,10 @@ def load_tower(folder: Path) -> TowerFile:
         raise SteerError("torn_file", f"{folder / WEIGHTS} does not have the sha256 of its card; get the file again")
     try:
         stored = {name.removeprefix(_ROOT): tensor for name, tensor in load(content).items()}
-        tower = HeatmapTower(config, size, patch)
+        tower = HeatmapTower(config, size)
         tower.load_state_dict({name: tensor.to(torch.float32) for name, tensor in stored.items()})
     except (SafetensorError, RuntimeError) as error:
         raise SteerError(
             "missing_weights", f"{folder / WEIGHTS} does not fill the tower of its card: {error}"
         ) from None
-    return TowerFile(tower.eval(), config, size, patch, card, digest)
+    return TowerFile(tower.eval(), config, size, card, digest)

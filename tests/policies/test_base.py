@@ -31,7 +31,7 @@ def _config(base: BaseConfig) -> OpenVLAConfig:
         heatmap=HeatmapConfig(classes=("milk",), hidden=64, blocks=1, heads=2),
         base=base,
         image_size=64,
-        patch=32,
+        state_tokens=1,
         append_token_id=None,
     )
 

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.config import OPENVLA_7B
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy, prompt_text
 from steer_runtime.types import LIBERO_ACTION_SPACE, Observation, Policy, Role
 
@@ -39,7 +40,10 @@ def test_it_is_a_policy(tiny_policy: OpenVLAPolicy) -> None:
 
 
 def test_the_prompt_is_the_published_one() -> None:
-    assert prompt_text("Pick up the Soup") == "In: What action should the robot take to pick up the soup?\nOut:"
+    assert (
+        prompt_text(OPENVLA_7B, "Pick up the Soup")
+        == "In: What action should the robot take to pick up the soup?\nOut:"
+    )
 
 
 def test_the_appended_token_is_last_once() -> None:
@@ -144,7 +148,8 @@ def test_cached_decoding_equals_a_forward_of_the_whole_sequence(policy: OpenVLAP
     seen = observation(policy)
     model = policy.model
     prompt = torch.tensor([policy.prompt_ids(seen.instruction)])
-    tokens, logits = model.decode(policy.pixels(seen), prompt)
+    decoded = model.decode(policy.pixels(seen), prompt)
+    tokens, logits = decoded.tokens, decoded.logits
     prefix = model.embed(policy.pixels(seen), prompt)
     sequence = torch.cat([prefix, model.language_model.model.embed_tokens(tokens[None])], dim=1)
     whole = model.language_model(inputs_embeds=sequence, use_cache=False).logits[0, prefix.shape[1] - 1 : -1]

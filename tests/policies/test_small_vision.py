@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
-from steer_runtime.policies.openvla.config import HeatmapConfig, OpenVLAConfig, emit_config, parse_config
+from steer_runtime.policies.openvla.config import HeatmapConfig, OpenVLAConfig, Slot, emit_config, parse_config
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.policies.openvla.proprioception import state_vector
@@ -24,20 +24,33 @@ HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), hidden=64, blocks=1, he
 
 def small_config(**changes: object) -> OpenVLAConfig:
     values: dict[str, object] = {
-        "dino": None, "siglip": None, "heatmap": HEAT, "image_size": 64, "patch": 32, "state_tokens": 2, "chunk": 2,
+        "dino": None, "siglip": None, "heatmap": HEAT, "image_size": 64, "state_tokens": 2, "chunk": 2,
     }  # fmt: skip
     return fabricate.tiny_config(**{**values, **changes})
 
 
-@pytest.fixture(scope="module")
-def policy() -> OpenVLAPolicy:
+def small_policy(**changes: object) -> OpenVLAPolicy:
     torch.manual_seed(0)
-    model = OpenVLAModel(small_config())
+    model = OpenVLAModel(small_config(**changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("language_model") and parameter.ndim == 2:
                 parameter.copy_(torch.randn(parameter.shape) * 2.0 * parameter.shape[-1] ** -0.5)
     return OpenVLAPolicy(model.requires_grad_(False).eval(), fabricate.tiny_tokenizer(), fabricate.tiny_statistics())
+
+
+@pytest.fixture(scope="module")
+def policy() -> OpenVLAPolicy:
+    return small_policy()
+
+
+SLOTS = (Slot("pace", ("slow", "fast", "go"), (5, 6, 7)), Slot("height", ("low", "high"), (9, 11)))
+
+
+@pytest.fixture(scope="module")
+def speaking() -> OpenVLAPolicy:
+    """A policy that says two words and decodes its actions in parallel."""
+    return small_policy(slots=SLOTS, parallel=True)
 
 
 class _Roles:
@@ -61,6 +74,9 @@ def test_config_survives_its_json() -> None:
         {"heatmap": replace(HEAT, hidden=40)},
         {"heatmap": replace(HEAT, classes=("soup", "soup"))},
         {"chunk": 0},
+        {"state_tokens": 0},
+        {"slots": (Slot("pace", ("slow", "fast"), (5,)),)},
+        {"prompt": "go"},
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(changes: dict[str, object]) -> None:
@@ -109,6 +125,41 @@ def test_an_inference_is_one_vision_pass_and_seven_forwards_an_action(policy: Op
     assert roles.heard[1:] == [["action"]] * 13
 
 
+def test_words_are_said_first_and_actions_come_in_one_forward(speaking: OpenVLAPolicy) -> None:
+    roles, seen = _Roles(), fabricate.make_observation(speaking)
+    speaking.announce_roles_to(roles)  # type: ignore[arg-type]
+    try:
+        chunk = speaking.infer(seen)
+    finally:
+        speaking.announce_roles_to(None)
+    assert roles.heard[1:] == [["text"], ["text", *["action"] * 14]]
+    assert speaking.towers["lm"].firings_per_inference == 3
+    told = speaking.word_logits(seen)
+    for slot, word in zip(SLOTS, speaking.said, strict=True):
+        best = int(told[slot.name].argmax())
+        assert (word, chunk.notes[f"said_{slot.name}"]) == (slot.words[best], best)
+
+
+def test_a_said_word_decides_the_actions(speaking: OpenVLAPolicy) -> None:
+    seen, entry = fabricate.make_observation(speaking), speaking.model.embedding_entry
+    before = speaking.logits(seen)
+    table = speaking.model.language_model.model.embed_tokens.weight
+
+    def say_otherwise(_: object, __: object, out: torch.Tensor) -> torch.Tensor | None:
+        if out.shape[1] == 15:  # the last word and the queries
+            other = next(i for i in SLOTS[1].ids if not torch.equal(table[i], out[0, 0]))
+            return torch.cat((table[other][None, None], out[:, 1:]), 1)
+        return None
+
+    handle = entry.register_forward_hook(say_otherwise)
+    try:
+        after = speaking.logits(seen)
+    finally:
+        handle.remove()
+    assert not torch.equal(before, after)
+    assert torch.equal(before, speaking.logits(seen))
+
+
 def test_each_camera_and_the_state_and_the_last_gripper_command_change_the_logits(policy: OpenVLAPolicy) -> None:
     seen = fabricate.make_observation(policy)
     policy.reset()
@@ -137,12 +188,11 @@ def test_a_missing_wrist_image_and_a_bad_state_are_refused(policy: OpenVLAPolicy
 
 
 def test_a_place_is_the_mean_of_its_heatmap() -> None:
-    tower = HeatmapTower(HEAT, 64, 32)
+    tower = HeatmapTower(HEAT, 64)
     with torch.no_grad():
-        tower.heat.weight.zero_()
-        tower.heat.bias.zero_()
-        tower.offset.weight.zero_()
-        tower.offset.bias.zero_()
+        for layer in (tower.front.heat, tower.front.offset):
+            layer.weight.zero_()
+            torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         seen = tower.see(torch.randn(2, 6, 64, 64))
     assert seen.heatmap.shape == (2, 3, 256)
     torch.testing.assert_close(seen.place, torch.full((2, 3, 2), 0.5))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sim.demonstrations import build, dump, write_atomically
+from sim.demonstrations import Value, build, dump, write_atomically
 
 OBJECTS = ("milk_1", "basket_1", "soup_1")
 COLOURS = np.array([[230, 40, 40], [40, 230, 40], [60, 60, 240]], dtype=np.uint8)
@@ -40,14 +40,27 @@ def frames_folder(folder: Path, *, shards: int = 2, frames: int = 24, size: int 
 
 
 def demonstrations_folder(folder: Path, *, episodes: int = 3, steps: int = 12, size: int = 64, seed: int = 0) -> Path:
-    """Episodes as `steer data record` writes them: the action follows the state, the words say which way is up."""
+    """Episodes as `steer data record` writes them: the action leads to the told object, fast or slow as told."""
+    instructions = {"milk_1": "pick up the milk", "soup_1": "pick up the soup"}
+    manners = np.array([[4, 1, 1], [0, 1, 1]])
     for number in range(episodes):
         rng = np.random.default_rng([seed, number])
-        high = bool(number % 2)
+        own = 2 * (number % 2)  # of OBJECTS: milk or soup
         at = rng.uniform(-0.3, 0.3, (steps, 3))
-        actions = np.concatenate([np.sign(at) * 0.5, np.zeros((steps, 3)), np.full((steps, 1), 1.0)], 1)
-        actions[:, 2] = 0.8 if high else -0.8
-        actions[: steps // 2, 6] = -1.0
+        positions = np.concatenate([np.tile(rng.uniform(-0.3, 0.3, (1, 3, 3)), (steps, 1, 1)), at[:, None]], 1)
+        gripper = np.where(np.arange(steps) < steps // 2, -1.0, 1.0)
+
+        def lead(
+            target: int, manner: np.ndarray, at: np.ndarray = at, positions: np.ndarray = positions,
+            gripper: np.ndarray = gripper,
+        ) -> np.ndarray:  # fmt: skip
+            size = 0.8 if manner[0] == 4 else 0.3
+            turn = np.zeros((len(at), 3))
+            return np.concatenate([np.sign(positions[:, target] - at) * size, turn, gripper[:, None]], 1)
+
+        actions = lead(own, manners[number % 2])
+        others = [(2 - own, manners[number % 2]), (own, manners[1 - number % 2])]
+        places = np.concatenate([positions[..., :2] + 0.5, np.ones((steps, 4, 1))], -1).astype(np.float32)
         command = np.where(np.arange(steps) < steps // 2, -1.0, 1.0)
         images = rng.integers(0, 255, (steps, size, size, 3), dtype=np.uint8)
         arrays = {
@@ -59,9 +72,20 @@ def demonstrations_folder(folder: Path, *, episodes: int = 3, steps: int = 12, s
             "obs/image_index": np.arange(steps, dtype=np.int32),
             "obs/agentview_rgb": images,
             "obs/eye_in_hand_rgb": images[::-1].copy(),
+            "privileged/positions": positions.astype(np.float32),
+            "privileged/agentview_points": places,
+            "privileged/eye_in_hand_points": places,
+            "counterfactual/actions": np.stack([lead(*other) for other in others], 1).astype(np.float32),
+            "counterfactual/target": np.tile(np.array([t for t, _ in others], np.uint8), (steps, 1)),
+            "counterfactual/manner": np.tile(np.array([m for _, m in others], np.uint8), (steps, 1, 1)),
         }
-        spoken = "pick up the soup " + ("high" if high else "low")
-        attributes = {"num_samples": steps, "language_instruction": spoken}
+        attributes: dict[str, Value] = {
+            "num_samples": steps,
+            "object_names": dump(list(OBJECTS)),
+            "target": OBJECTS[own],
+            "manner": manners[number % 2],
+            "instructions": dump(instructions),
+        }
         path = folder / "episodes" / "task" / f"demo_{number}.hdf5"
         write_atomically(path, build(f"demo_{number}", arrays, attributes, {}))
     return folder

@@ -15,21 +15,26 @@ from fabricated import demonstrations_folder
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sim.manner import SLOTS
 from sim.training import trainer
-from sim.training.assembly import initialise, write_policy
+from sim.training.assembly import PROMPT, go_on, initialise, write_policy
 from sim.training.demonstration_data import DemonstrationData, load_demonstrations, statistics
 from sim.training.distillation import distillation_loss, kept, label_survival, teach
 from sim.training.low_rank import adapt, merge
-from sim.training.policy import PolicyNet, PolicySubject, action_loss
+from sim.training.policy import PolicyNet, PolicySubject, action_loss, disturbed, word_loss, word_weights
 from sim.training.settings import Distillation, PolicyTraining
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint
-from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig
+from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig, Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
-HEAT = HeatmapConfig(classes=("soup", "basket"), hidden=64, blocks=1, heads=2)
+HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), hidden=64, blocks=1, heads=2)
+SLOT_WORDS = tuple(
+    Slot(name, words, tuple(range(at, at + len(words))))
+    for (name, words), at in zip(SLOTS.items(), (40, 46, 50), strict=True)
+)
 
 
 def settings(**changes: object) -> PolicyTraining:
@@ -41,11 +46,12 @@ def settings(**changes: object) -> PolicyTraining:
     return PolicyTraining(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def tiny_model() -> OpenVLAModel:
+def tiny_model(parallel: bool = True) -> OpenVLAModel:
     lm = LMConfig(vocab_rows=384, d_model=32, d_ff=64, layers=3, heads=4, kv_heads=2, tied=True)
     config = fabricate.tiny_config(
-        dino=None, siglip=None, heatmap=HEAT, lm=lm, image_size=64, patch=32, state_tokens=2, chunk=2, trained=True
-    )
+        dino=None, siglip=None, heatmap=HEAT, lm=lm, image_size=64, state_tokens=2, chunk=2, trained=True,
+        slots=SLOT_WORDS, parallel=parallel, prompt=PROMPT,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = OpenVLAModel(config)
     # The size of a trained model's word embeddings, relative to its width.
@@ -58,7 +64,7 @@ def tiny_model() -> OpenVLAModel:
 def data(tmp_path_factory: pytest.TempPathFactory) -> DemonstrationData:
     folder = tmp_path_factory.mktemp("demonstrations")
     tower = tiny_model().heatmap
-    return load_demonstrations([demonstrations_folder(folder)], tower, "tower", 2, folder / "cache")
+    return load_demonstrations([demonstrations_folder(folder)], HEAT.classes, 2, tower, "tower", folder / "cache")
 
 
 def run(data: DemonstrationData, folder: Path, **options: Any) -> tuple[PolicySubject, trainer.Result]:
@@ -81,39 +87,84 @@ def test_samples_hold_the_expert_chunk_and_the_last_gripper_command(data: Demons
     assert torch.equal(data.actions[0, 1], data.actions[1, 0])
     assert torch.equal(data.actions[11, 1], data.actions[11, 0])  # an episode's end repeats
     assert data.states[:12, -1].tolist() == [-1.0] * 6 + [1.0] * 6
-    assert data.instructions[0] != data.instructions[1]
+    own, other = data.instructions[int(data.spoken[0])], data.instructions[int(data.other_spoken[0, 0])]
+    assert (own, other) == ("pick up the milk", "pick up the soup")
+    assert data.other_manners[0].tolist() == [[4, 1, 1], [0, 1, 1]]
+    torch.testing.assert_close(
+        data.other_actions[:, 1, :3].abs(), torch.where(data.actions[:, :1, 0].abs() > 0.5, 0.3, 0.8).expand(-1, 3)
+    )
 
 
-def test_cached_image_tokens_are_the_towers(data: DemonstrationData, tmp_path: Path) -> None:
+def test_what_is_seen_exactly_is_where_the_simulator_has_it(data: DemonstrationData) -> None:
+    soup, basket = data.exact[0, 0], data.exact[0, 1]
+    torch.testing.assert_close(soup[:2], soup[2:4] + 0.5)  # as fabricated: the place follows the position
+    assert (float(soup[5]), float(soup[8])) == (1.0, 1.0)
+    assert not torch.equal(soup[2:5], basket[2:5])
+
+
+def test_a_blurred_view_is_wrong_by_about_its_size(data: DemonstrationData) -> None:
+    torch.manual_seed(0)
+    exact = data.exact.repeat(30, 1, 1)
+    error = (disturbed(exact, 0.01) - exact)[..., 2]
+    assert 0.008 < float(error.abs().median()) / 0.6745 < 0.013  # a normal's median deviation
+    assert float((error.abs() > 0.05).float().mean()) > 0.005
+
+
+def test_the_cached_view_is_the_towers(data: DemonstrationData, tmp_path: Path) -> None:
     folder = demonstrations_folder(tmp_path)
-    again = load_demonstrations([folder], tiny_model().heatmap, "tower", 2, tmp_path / "cache")
-    from_cache = load_demonstrations([folder], nn.Identity(), "tower", 2, tmp_path / "cache")  # type: ignore[arg-type]
-    assert torch.equal(again.tokens, data.tokens)
-    assert torch.equal(from_cache.tokens, again.tokens)
+    again = load_demonstrations([folder], HEAT.classes, 2, tiny_model().heatmap, "tower", tmp_path / "cache")
+    nothing: Any = nn.Identity()
+    from_cache = load_demonstrations([folder], HEAT.classes, 2, nothing, "tower", tmp_path / "cache")
+    assert torch.equal(again.seen, data.seen)
+    assert torch.equal(from_cache.seen, again.seen)
 
 
 def test_targets_decode_to_the_experts_action(data: DemonstrationData) -> None:
     model = tiny_model()
     subject = PolicySubject(settings(), model, fabricate.tiny_tokenizer(), data, {})
     policy_table = select_statistics(subject.table, "libero_object", "test")
-    ids = subject._rows["train"][:, :7].numpy() + subject.net.low
+    ids = subject._rows["train"][:, 0].numpy() + subject.net.low
     decoded = policy_table.unnormalise(ActionTokenizer(320, 256).decode(ids.reshape(-1)).reshape(-1, 7))
     np.testing.assert_allclose(decoded[:, :6], data.actions[:, 0, :6], atol=0.02)
     np.testing.assert_allclose(decoded[:, 6] > 0.5, data.actions[:, 0, 6] < 0)
 
 
-def test_a_training_forward_equals_decoding(data: DemonstrationData) -> None:
-    model = tiny_model()
-    net = PolicyNet(model, settings())
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_training_forward_equals_decoding(data: DemonstrationData, parallel: bool) -> None:
+    model = tiny_model(parallel)
+    net = PolicyNet(model, settings(parallel=parallel))
     pixels, states = torch.rand(1, 6, 64, 64) * 2 - 1, data.states[:1]
     short, long = [1, 5, 6, 7], [1, 5, 6, 7, 9, 11, 12]
     with torch.no_grad():
-        tokens, expected = model.decode(pixels, torch.tensor([short]), state=states)
-        seen = model.heatmap(pixels)
-        targets = (tokens - net.low)[None]
-        padded = net(seen.expand(2, -1, -1), states.expand(2, -1), [short, long], targets.expand(2, -1))
-    torch.testing.assert_close(padded[0], expected[:, net.low : 320], atol=2e-4, rtol=1e-4)
+        decoded = model.decode(pixels, torch.tensor([short]), state=states)
+        said = torch.tensor([[slot.ids.index(w) for slot, w in zip(SLOT_WORDS, decoded.said, strict=True)]])
+        seen, targets = model.heatmap(pixels), (decoded.tokens - net.low)[None]
+        words, padded = net(
+            seen.expand(2, -1, -1), states.expand(2, -1), [short, long], said.expand(2, -1), targets.expand(2, -1)
+        )
+        _, first = net(seen, states, [short], said, targets[:, :7])
+    torch.testing.assert_close(padded[0], decoded.logits[:, net.low : 320], atol=2e-4, rtol=1e-4)
+    for ours, theirs in zip(words, decoded.told, strict=True):
+        torch.testing.assert_close(ours[0], theirs, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(first[0], padded[0, :7], atol=2e-4, rtol=1e-4)
     assert not torch.allclose(padded[0], padded[1], atol=1e-3)
+
+
+def test_untold_words_weigh_so_that_plain_is_the_default(data: DemonstrationData) -> None:
+    manners = data.other_manners[data.other_spoken >= 0]
+    pace = word_weights(data, 0.5)[0]
+    silent = torch.bincount(manners[:, 0], minlength=5).float() * torch.tensor([0.5, 1, 1, 1, 0.5])
+    share = silent * pace
+    assert float(share[0]) == pytest.approx(float(share[4]), rel=1e-4)  # the two that occur
+    assert pace[1:4].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_an_untold_word_of_the_episodes_own_is_not_learnt() -> None:
+    words = [torch.randn(2, 5), torch.randn(2, 3), torch.randn(2, 3)]
+    manners, told = torch.tensor([[4, 1, 1], [4, 1, 1]]), torch.tensor([[True] * 3, [False] * 3])
+    loss = word_loss(words, manners, told, None)
+    expected = -words[0][0].log_softmax(-1)[4] / 6
+    torch.testing.assert_close(loss, expected)
 
 
 def test_the_loss_is_least_at_the_right_bin_and_smooth_around_it() -> None:
@@ -178,20 +229,18 @@ def test_resuming_with_another_configuration_is_refused(data: DemonstrationData,
 def test_the_finished_policy_loads_and_acts_as_it_was_trained(data: DemonstrationData, tmp_path: Path) -> None:
     lm = {"layers": (0, 1, 2), "mode": "low_rank", "rank": 4}
     subject, _ = run(data, tmp_path / "run", language_model=lm)
+    shown = (data.exact[:1], data.states[:1], [[1, 5, 6, 7]], data.manners[:1], subject._rows["train"][:1].flatten(1))
     with torch.no_grad():
         subject.net.eval()
-        targets = subject._rows["train"][:1]
-        before = subject.net(
-            data.tokens[:1].float(), data.states[:1], subject._spoken("train", torch.tensor([0])), targets
-        )
+        before_words, before = subject.net(*shown)
     model = subject.net.settle()
     tokenizer = fabricate.tiny_tokenizer()
     write_policy(model, tmp_path / "policy", subject.table, {}, tokenizer=tokenizer, dtype=torch.float32)
     loaded, _ = load_checkpoint(tmp_path / "policy")
     with torch.no_grad():
-        again = PolicyNet(loaded, settings())
-        after = again(data.tokens[:1].float(), data.states[:1], subject._spoken("train", torch.tensor([0])), targets)
+        after_words, after = PolicyNet(loaded, settings())(*shown)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after_words, before_words, atol=1e-4, rtol=1e-4)
     policy = OpenVLAPolicy.from_checkpoint(tmp_path / "policy", "libero_object")
     assert policy.infer(fabricate.make_observation(policy)).actions.shape == (2, 7)
 
@@ -252,3 +301,18 @@ def test_label_survival_counts_value_vectors_whose_words_stay() -> None:
 def test_a_dimension_that_hardly_moves_is_not_blown_up(data: DemonstrationData) -> None:
     entry: Any = statistics(data, "libero_object")["libero_object"]
     assert entry["action"]["q99"][3] - entry["action"]["q01"][3] == pytest.approx(0.1)
+
+
+def test_a_run_can_go_on_from_a_finished_policy(data: DemonstrationData, tmp_path: Path) -> None:
+    subject, _ = run(data, tmp_path / "run")
+    model = subject.net.settle()
+    write_policy(model, tmp_path / "policy", subject.table, {}, dtype=torch.float32)
+    again = tiny_model()
+    sight = {name: p.clone() for name, p in again.heatmap.named_parameters()}
+    assert len(go_on(again, tmp_path / "policy")) == 64
+    ours, theirs = dict(again.named_parameters()), dict(model.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.items() if not n.startswith("heatmap."))
+    assert all(torch.equal(p, sight[n]) for n, p in again.heatmap.named_parameters())
+    with pytest.raises(SteerError, match="another shape") as refused:
+        go_on(tiny_model(parallel=False), tmp_path / "policy")
+    assert refused.value.code == "other_checkpoint"

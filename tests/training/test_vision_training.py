@@ -22,7 +22,7 @@ from sim.training.vision import VisionSubject, localisation
 from sim.training.vision_weights import load_tower, save_tower
 from steer_runtime.errors import SteerError
 
-TINY = TowerSettings(image_size=64, patch=32, hidden=64, blocks=1, heads=2)
+TINY = TowerSettings(image_size=64, hidden=64, blocks=1, heads=2)
 
 
 def settings(**changes: object) -> VisionTraining:
@@ -169,7 +169,7 @@ def test_a_second_training_in_the_same_folder_is_refused(data: FrameData, tmp_pa
 
 def test_a_tower_file_gives_the_same_places_and_a_changed_one_is_refused(data: FrameData, tmp_path: Path) -> None:
     made = subject(data)
-    save_tower(made.tower, made.heat, 64, 32, tmp_path, {"what": "test"})
+    save_tower(made.tower, made.heat, 64, tmp_path, {"what": "test"})
     loaded = load_tower(tmp_path)
     pixels = torch.rand(1, 6, 64, 64) * 2 - 1
     torch.testing.assert_close(

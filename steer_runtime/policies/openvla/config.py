@@ -35,15 +35,23 @@ class ViTConfig:
 class HeatmapConfig:
     """The small tower of `vision_heatmap`, in place of the two ViTs. classes: object classes, one token each.
 
-    hidden: width of its tokens; the convolutions have an eighth, a quarter, a half and all of it. blocks, heads: of the
-    transformer on the coarsest grid. wrist_grid: the wrist camera gives wrist_grid squared patch tokens.
+    hidden: width on the coarsest grid; the convolutions before it have an eighth, a quarter and a half of it. blocks,
+    heads: of the transformer there.
     """
 
     classes: tuple[str, ...]
     hidden: int = 192
     blocks: int = 4
     heads: int = 6
-    wrist_grid: int = 2
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A word that the policy says before it acts, one of a few. ids: token ids of the words, in their order."""
+
+    name: str
+    words: tuple[str, ...]
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,10 @@ class OpenVLAConfig:
 
     The vision is dino and siglip together, as published, or heatmap alone; then patch is the side of the image that one
     of its patch tokens stands for. state_tokens: soft tokens of proprioception between image and prompt (published: 0).
-    chunk: actions of one inference (published: 1). base: a published file that holds part of the weights.
+    chunk: actions of one inference (published: 1). slots: words said after the prompt and before the actions, decoded
+    greedily among each slot's own (as RT-H says its motion, Belkhale et al. 2024, arXiv 2403.01823; published: none).
+    parallel: all action tokens in one forward, from learnt queries (OpenVLA-OFT, Kim et al. 2025, arXiv 2502.19645);
+    published: one forward a token. prompt: text around the instruction. base: a published file that holds part of the weights.
     usable_vocab: first id that is not a token; action tokens are the n_bins ids below it. append_token_id: the token
     Llama's tokenizer puts after "Out:" in training (29871), None for tokenizers without it. restrict_to_action_tokens:
     decode among action tokens only; the published policy decodes among all. trained: False for random weights.
@@ -83,6 +94,9 @@ class OpenVLAConfig:
     base: BaseConfig | None = None
     state_tokens: int = 0
     chunk: int = 1
+    slots: tuple[Slot, ...] = ()
+    parallel: bool = False
+    prompt: str = "In: What action should the robot take to {instruction}?\nOut:"
     image_size: int = 224
     patch: int = 14
     n_bins: int = 256
@@ -95,7 +109,7 @@ class OpenVLAConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.image_size % self.patch:
+        if self.heatmap is None and self.image_size % self.patch:
             problems.append(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if not self.n_bins < self.usable_vocab <= self.lm.vocab_rows:
             problems.append(
@@ -115,15 +129,26 @@ class OpenVLAConfig:
             problems += _heatmap_problems(self.heatmap, self.image_size)
         if self.state_tokens < 0 or self.chunk < 1:
             problems.append(f"state_tokens {self.state_tokens} or chunk {self.chunk} is too small")
+        if self.heatmap is not None and not self.state_tokens:
+            problems.append("heatmap needs state_tokens: its tokens are told from the hand")
+        for slot in self.slots:
+            if (
+                not slot.ids
+                or len(slot.ids) != len(slot.words)
+                or not all(0 <= i < self.usable_vocab for i in slot.ids)
+            ):
+                problems.append(f"slot {slot.name!r} has {len(slot.words)} words and token ids {list(slot.ids)[:8]}")
+        if self.prompt.count("{instruction}") != 1:
+            problems.append(f"prompt {self.prompt[:60]!r} does not hold {{instruction}} once")
         if self.dino is not None and self.dino.mlp % self.dino.hidden:
             problems.append(f"dino mlp {self.dino.mlp} is not a multiple of its hidden size {self.dino.hidden}")
         if self.lm.d_model % self.lm.heads or self.lm.heads % self.lm.kv_heads:
             problems.append(
                 f"lm d_model {self.lm.d_model}, heads {self.lm.heads} and kv_heads {self.lm.kv_heads} do not divide"
             )
-        if self.max_tokens + self.action_tokens - 1 > self.lm.max_positions:
+        if self.max_tokens + self.action_tokens + len(self.slots) - 1 > self.lm.max_positions:
             problems.append(
-                f"{self.max_tokens} prefill tokens and {self.action_tokens - 1} more exceed the lm's {self.lm.max_positions} positions"
+                f"{self.max_tokens} prefill tokens and {self.action_tokens + len(self.slots) - 1} more exceed the lm's {self.lm.max_positions} positions"
             )
         if self.base is not None and (len(self.base.layers) != self.lm.layers or not self.lm.tied):
             problems.append("base needs a tied embedding and as many layers as the lm")
@@ -137,14 +162,11 @@ class OpenVLAConfig:
     @property
     def patches(self) -> int:
         """Image tokens of one inference."""
-        grid = (self.image_size // self.patch) ** 2
-        return grid if self.heatmap is None else grid + self.heatmap.wrist_grid**2 + len(self.heatmap.classes)
+        return (self.image_size // self.patch) ** 2 if self.heatmap is None else len(self.heatmap.classes)
 
     @property
     def vision_width(self) -> int:
-        """Channels of an image token before the projector."""
-        if self.heatmap is not None:
-            return self.heatmap.hidden
+        """Channels of a patch before the projector of the published towers."""
         dino, siglip = self.vits
         return dino.hidden + siglip.hidden
 
@@ -157,13 +179,19 @@ class OpenVLAConfig:
 
     @property
     def action_tokens(self) -> int:
-        """Tokens of one inference, and its language-model forwards: 7 an action."""
+        """Action tokens of one inference: 7 an action."""
         return 7 * self.chunk
 
     @property
+    def forwards(self) -> int:
+        """Language-model forwards of one inference (published: 7)."""
+        return len(self.slots) + (1 if self.parallel else self.action_tokens)
+
+    @property
     def max_tokens(self) -> int:
-        """Longest prefill: BOS and prompt, image tokens, state tokens."""
-        return self.max_prompt_tokens + self.patches + self.state_tokens
+        """Longest forward, the prefill: BOS and prompt, image tokens, state tokens, action queries where they follow."""
+        queries = self.action_tokens if self.parallel and not self.slots else 0
+        return max(self.max_prompt_tokens + self.patches + self.state_tokens + queries, self.action_tokens + 1)
 
 
 def _heatmap_problems(heat: HeatmapConfig, image_size: int) -> list[str]:
@@ -174,8 +202,8 @@ def _heatmap_problems(heat: HeatmapConfig, image_size: int) -> list[str]:
         problems.append(f"heatmap hidden {heat.hidden} is not a multiple of 64 and of its {heat.heads} heads")
     if image_size % 32:
         problems.append(f"image_size {image_size} is not a multiple of 32, as the heatmap tower needs")
-    if heat.blocks < 1 or heat.wrist_grid < 1:
-        problems.append("heatmap needs a block and a wrist grid of at least 1")
+    if heat.blocks < 1:
+        problems.append("heatmap needs a block")
     return problems
 
 
@@ -248,6 +276,11 @@ def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
         base = dict(ours.pop("base"))
         numbers, names = tuple(int(i) for i in base.pop("layers")), tuple(str(t) for t in base.pop("tensors"))
         ours["base"] = BaseConfig(**base, layers=numbers, tensors=names)
+    if "slots" in ours:
+        ours["slots"] = tuple(
+            Slot(str(s["name"]), tuple(str(w) for w in s["words"]), tuple(int(i) for i in s["ids"]))
+            for s in ours["slots"]
+        )
     dino: ViTConfig | None = None
     siglip: ViTConfig | None = None
     if "heatmap" in ours:
@@ -273,8 +306,9 @@ def emit_config(config: OpenVLAConfig) -> dict[str, Any]:
     ours = {
         f.name: getattr(config, f.name)
         for f in fields(OpenVLAConfig)
-        if f.name not in {"dino", "siglip", "heatmap", "base", "lm", "norm_stats", "n_bins"}
+        if f.name not in {"dino", "siglip", "heatmap", "base", "lm", "norm_stats", "n_bins", "slots"}
     }
+    ours["slots"] = [asdict(slot) for slot in config.slots]
     parts = {"dino": config.dino, "siglip": config.siglip, "heatmap": config.heatmap, "base": config.base}
     return {
         "model_type": "openvla",

@@ -13,6 +13,7 @@ from torch import nn
 
 from steer_runtime.policies.openvla.base import EMBEDDING, BaseConfig
 from steer_runtime.policies.openvla.config import OpenVLAConfig, ViTConfig
+from steer_runtime.policies.openvla.object_tokens import ObjectProjector
 from steer_runtime.policies.openvla.proprioception import StateEncoder
 from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
 
@@ -56,16 +57,16 @@ OWN_ROWS = "language_model.model.embed_tokens.own_rows"
 def entries(config: OpenVLAConfig) -> list[Entry]:
     """Every tensor of the published layout for this configuration, in the published order.
 
-    What the published model does not have (the small vision tower, the state encoder) follows its own module's names.
+    What the published model does not have (the small vision tower, its projector, the state encoder, action queries) follows its own module's names.
     """
-    return [*vision_entries(config), *_projector(config), *_state(config), *_llama(config)]
+    return [*vision_entries(config), *_projector(config), *_state(config), *_queries(config), *_llama(config)]
 
 
 def vision_entries(config: OpenVLAConfig) -> list[Entry]:
     """The part of the table that is the vision tower's."""
     if config.heatmap is not None:
         with torch.device("meta"):
-            tower = HeatmapTower(config.heatmap, config.image_size, config.patch)
+            tower = HeatmapTower(config.heatmap, config.image_size)
         return _module(tower, "vision_backbone.heatmap", "heatmap")
     dino, siglip = config.vits
     patch_shape = (3, config.patch, config.patch)
@@ -189,6 +190,9 @@ def _block(
 
 
 def _projector(config: OpenVLAConfig) -> list[Entry]:
+    if config.heatmap is not None:
+        with torch.device("meta"):
+            return _module(ObjectProjector(config), "projector", "projector")
     vision, d = config.vision_width, config.lm.d_model
     return [
         *_affine("projector.fc1", 4 * vision, (4 * vision, vision), "projector.fc1"),
@@ -203,6 +207,11 @@ def _state(config: OpenVLAConfig) -> list[Entry]:
     with torch.device("meta"):
         encoder = StateEncoder(config)
     return _module(encoder, "state_encoder", "state_encoder")
+
+
+def _queries(config: OpenVLAConfig) -> list[Entry]:
+    shape = (config.action_tokens, config.lm.d_model)
+    return [_one("action_queries", shape, "action_queries")] if config.parallel else []
 
 
 def _llama(config: OpenVLAConfig) -> list[Entry]:

@@ -1,13 +1,14 @@
 """The OpenVLA network on transformers' own layers: the vision, a projector, a Llama, greedy decoding.
 
-Invariant: one inference is one vision pass and exactly `config.action_tokens` language-model forwards (the published
-model: 7), and every token that
-enters the language model passes `embedding_entry` first, so that a hook there sees the whole sequence.
+Invariant: one inference is one vision pass and exactly `config.forwards` language-model forwards (the published model: 7),
+and every token that enters the language model passes `embedding_entry` first, so that a hook there sees the whole
+sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from steer_runtime.policies.openvla.config import OpenVLAConfig
+from steer_runtime.policies.openvla.object_tokens import ObjectProjector
 from steer_runtime.policies.openvla.proprioception import StateEncoder
 from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
 from steer_runtime.types import Role
@@ -98,6 +100,17 @@ class Projector(nn.Module):
         return self.fc3(nn.functional.gelu(self.fc2(hidden)))
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """One inference. tokens int64 [T], the action tokens, T = config.action_tokens; logits float32 [T, vocab_rows], or
+    [T, n_bins] of the action tokens alone. said: id of each slot's word; told: float32 logits of each slot's words."""
+
+    tokens: Tensor
+    logits: Tensor
+    said: tuple[int, ...]
+    told: tuple[Tensor, ...]
+
+
 class OpenVLAModel(nn.Module):
     """The whole network. Parameters may be constructed on the meta device; `restore_buffers` then fills the buffers."""
 
@@ -106,12 +119,16 @@ class OpenVLAModel(nn.Module):
         self.config = config
         lm = config.lm
         if config.heatmap is not None:
-            self.heatmap = HeatmapTower(config.heatmap, config.image_size, config.patch)
+            self.heatmap = HeatmapTower(config.heatmap, config.image_size)
         else:
             self.dino = DinoTower(config)
             self.siglip = SiglipTower(config)
-        self.projector = Projector(config.vision_width, lm.d_model)
+        self.projector = (
+            Projector(config.vision_width, lm.d_model) if config.heatmap is None else ObjectProjector(config)
+        )
         self.state_encoder = StateEncoder(config) if config.state_tokens else None
+        if config.parallel:
+            self.action_queries = nn.Parameter(torch.randn(config.action_tokens, lm.d_model) * 0.02)
         self.embedding_entry = nn.Identity()
         self.llama_config = LlamaConfig(
             vocab_size=lm.vocab_rows,
@@ -144,15 +161,22 @@ class OpenVLAModel(nn.Module):
         """Token basis of the language model, [vocab_rows, d_model]."""
         return self.language_model.lm_head.weight
 
-    def vision(self, pixels: Tensor) -> Tensor:
+    def vision(self, pixels: Tensor, state: Tensor | None = None) -> Tensor:
         """Image embeddings [B, patches, d_model] of pixels [B, 6, S, S].
 
-        Published: three channels for DINO, three for SigLIP. Small tower: three of each camera, the wrist's last.
+        Published: three channels for DINO, three for SigLIP. Small tower: three of each camera, the wrist's last; its
+        tokens are told from the hand, whose state [B, STATE_SIZE] they need.
         """
         if self.config.heatmap is not None:
-            return self.projector(self.heatmap(pixels))
+            assert state is not None
+            return self.objects(self.heatmap(pixels), state)
         features = torch.cat((self.dino(pixels[:, :3]), self.siglip(pixels[:, 3:])), dim=2)
         return self.projector(features)
+
+    def objects(self, geometry: Tensor, state: Tensor) -> Tensor:
+        """Image embeddings [B, classes, d_model] of what the small tower sees, [B, classes, GEOMETRY]."""
+        assert self.state_encoder is not None
+        return self.projector(geometry, self.state_encoder.normalise(state), state[:, :3])
 
     def embed(self, pixels: Tensor, prompt_ids: Tensor, state: Tensor | None = None) -> Tensor:
         """Prefill embeddings [B, patches + state_tokens + n, d_model]: BOS, image, state, rest of the prompt ids [B, n].
@@ -160,7 +184,7 @@ class OpenVLAModel(nn.Module):
         state [B, STATE_SIZE] (see `proprioception`) where the configuration has state tokens, None where it has none.
         """
         text = self.language_model.model.embed_tokens(prompt_ids)
-        parts = [text[:, :1], self.vision(pixels).to(text.dtype)]
+        parts = [text[:, :1], self.vision(pixels, state).to(text.dtype)]
         if self.state_encoder is not None:
             assert state is not None
             parts.append(self.state_encoder(state).to(text.dtype))
@@ -172,18 +196,26 @@ class OpenVLAModel(nn.Module):
         seen: list[Role] = [*["image"] * config.patches, *["state"] * config.state_tokens]  # type: ignore[list-item]
         return ["text", *seen, *["text"] * (prompt_tokens - 1)]  # type: ignore[list-item]
 
+    def forward_tokens(self, embeddings: Tensor, cache: DynamicCache | None) -> Tensor:
+        """One causal language-model forward: last hidden states of the embeddings, both [B, T, d_model]."""
+        entered = self.embedding_entry(embeddings)
+        return self.language_model.model(
+            inputs_embeds=entered, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+
     def step(self, embeddings: Tensor, cache: DynamicCache | None, rows: slice | None = None) -> Tensor:
         """One causal language-model forward: logits [B, rows] after the last of the embeddings [B, T, d_model].
 
         rows: the part of the vocabulary to score, None for all of it.
         """
-        entered = self.embedding_entry(embeddings)
-        hidden = self.language_model.model(
-            inputs_embeds=entered, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state[:, -1]
-        if rows is None:
-            return self.language_model.lm_head(hidden)
-        return nn.functional.linear(hidden, self.unembedding[rows])
+        return self._scores(self.forward_tokens(embeddings, cache)[:, -1], rows)
+
+    def _scores(self, hidden: Tensor, rows: slice | None) -> Tensor:
+        return (
+            self.language_model.lm_head(hidden)
+            if rows is None
+            else nn.functional.linear(hidden, self.unembedding[rows])
+        )
 
     def decode(
         self,
@@ -193,31 +225,52 @@ class OpenVLAModel(nn.Module):
         *,
         state: Tensor | None = None,
         all_logits: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Greedy action tokens int64 [T] and their logits float32 [T, vocab_rows], for one observation.
+    ) -> Decoded:
+        """Greedy tokens and their logits, for one observation.
 
-        T = config.action_tokens; pixels [1, 6, S, S], prompt_ids int64 [1, n], state as in `embed`. `announce` hears the token roles before each forward. The logits
-        are the network's own; `restrict_to_action_tokens` only narrows the choice of the token. With all_logits False a
-        restricted policy scores its action tokens only, logits [T, n_bins]: half the work of a pocket policy.
+        pixels [1, 6, S, S], prompt_ids int64 [1, n], state as in `embed`. `announce` hears the token roles before each
+        forward: said words are text. The logits are the network's own; `restrict_to_action_tokens` only narrows the
+        choice of the token. With all_logits False a restricted policy scores its action tokens only: half the work of a
+        pocket policy.
         """
         config = self.config
         low, high = 0, config.lm.vocab_rows
         if config.restrict_to_action_tokens:
             low, high = config.usable_vocab - config.n_bins, config.usable_vocab
         only_choices = config.restrict_to_action_tokens and not all_logits
+        rows = slice(low, high) if only_choices else None
+        table = self.language_model.model.embed_tokens
         cache = DynamicCache(config=self.llama_config)
         embeddings = self.embed(pixels, prompt_ids, state)
         roles: list[Role] = self.prefill_roles(prompt_ids.shape[1])
-        tokens, logits = [], []
-        for index in range(config.action_tokens):
+
+        def forward() -> Tensor:
             if announce is not None:
                 announce(roles)
-            scores = self.step(embeddings, cache, slice(low, high) if only_choices else None)
+            return self.forward_tokens(embeddings, cache)
+
+        said, told = [], []
+        for slot in config.slots:
+            hidden = forward()[:, -1]
+            ids = torch.tensor(slot.ids, device=hidden.device)
+            scores = nn.functional.linear(hidden, self.unembedding[ids])
+            word = ids[scores.argmax(-1)]
+            said.append(word)
+            told.append(scores[0].float())
+            embeddings, roles = table(word[:, None]), ["text"]
+        if config.parallel:
+            embeddings = torch.cat((embeddings, self.action_queries[None].to(embeddings.dtype)), 1)
+            roles = [*roles, *["action"] * config.action_tokens]  # type: ignore[list-item]
+            scores = self._scores(forward()[0, -config.action_tokens :], rows)
+            choices = scores if only_choices else scores[:, low:high]
+            return Decoded(choices.argmax(-1) + low, scores.float(), tuple(int(w) for w in said), tuple(told))
+        tokens, logits = [], []
+        for index in range(config.action_tokens):
+            scores = self._scores(forward()[:, -1], rows)
             choices = scores if only_choices else scores[:, low:high]
             token = choices.argmax(dim=-1) + low
             tokens.append(token)
             logits.append(scores.float())
             if index + 1 < config.action_tokens:
-                embeddings = self.language_model.model.embed_tokens(token[:, None])
-                roles = ["action"]
-        return torch.cat(tokens), torch.cat(logits)
+                embeddings, roles = table(token[:, None]), ["action"]
+        return Decoded(torch.cat(tokens), torch.cat(logits), tuple(int(w) for w in said), tuple(told))

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
 from steer_runtime.policies.openvla.checkpoint import LoadReport, load_checkpoint
+from steer_runtime.policies.openvla.config import OpenVLAConfig
 from steer_runtime.policies.openvla.image import camera_values, libero_image, pixel_values
-from steer_runtime.policies.openvla.model import OpenVLAModel
+from steer_runtime.policies.openvla.model import Decoded, OpenVLAModel
 from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
@@ -27,15 +28,16 @@ TOWER = "lm"
 _HASH_BLOCK = 1 << 22  # elements hashed at a time: 16 MB of float32
 
 
-def prompt_text(instruction: str) -> str:
-    """The published prompt (openvla `get_vla_action`)."""
-    return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
+def prompt_text(config: OpenVLAConfig, instruction: str) -> str:
+    """The instruction in lower case inside the configuration's prompt (published: openvla `get_vla_action`)."""
+    return config.prompt.replace("{instruction}", instruction.lower())
 
 
 class OpenVLAPolicy:
     """A loaded OpenVLA with the statistics of one suite. One instance serves one inference thread.
 
-    `tokenizer`: fast tokenizer of the checkpoint. `model`: the network. `report`: what the load left aside.
+    `tokenizer`: fast tokenizer of the checkpoint. `model`: the network. `report`: what the load left aside. `said`: words
+    of the last inference, one a slot.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class OpenVLAPolicy:
         self.camera = camera
         self.wrist_camera = wrist_camera
         self._gripper = OPEN
+        self.said: tuple[str, ...] = ()
         self.action_space: ActionSpace = LIBERO_ACTION_SPACE
         self.actions = ActionTokenizer(self.config.usable_vocab, self.config.n_bins)
         decoder = model.language_model.model
@@ -77,7 +80,7 @@ class OpenVLAPolicy:
                 d_model=lm.d_model,
                 d_ff=lm.d_ff,
                 max_tokens=self.config.max_tokens,
-                firings_per_inference=self.config.action_tokens,
+                firings_per_inference=self.config.forwards,
             )
         }
         self._listener: TokenRoles | None = None
@@ -142,31 +145,42 @@ class OpenVLAPolicy:
 
     @torch.inference_mode()
     def infer(self, observation: Observation) -> ActionChunk:
-        """Actions float32 [chunk, 7] in LIBERO's action space, by one vision pass and 7 language-model forwards each.
+        """Actions float32 [chunk, 7] in LIBERO's action space, by one vision pass and `config.forwards` of the language model.
 
-        notes: out_of_range_tokens, how many of the tokens were no action tokens (clipped as published).
+        notes: out_of_range_tokens, how many of the tokens were no action tokens (clipped as published); said_<slot>,
+        which of the slot's words was said, counted from 0.
         Raises SteerError: missing_camera, bad_image, bad_instruction, not_finite.
         """
-        tokens, logits = self._decode(observation, all_logits=False)
-        if not bool(torch.isfinite(logits).all()):
+        decoded = self._decode(observation, all_logits=False)
+        if not all(bool(torch.isfinite(part).all()) for part in (decoded.logits, *decoded.told)):
             raise SteerError(
                 "not_finite",
                 f"{self.name} computed logits that are not finite: the action is refused; lower or clear the steering",
             )
-        ids = tokens.cpu().numpy()
+        ids = decoded.tokens.cpu().numpy()
         actions = self.statistics.unnormalise(self.actions.decode(ids).reshape(self.config.chunk, -1))
         actions[:, 6] = [libero_gripper(float(opening)) for opening in actions[:, 6]]
         self._gripper = float(actions[-1, 6])
+        notes = {"out_of_range_tokens": float(self.actions.out_of_range(ids))}
+        places = [slot.ids.index(word) for slot, word in zip(self.config.slots, decoded.said, strict=True)]
+        self.said = tuple(slot.words[at] for slot, at in zip(self.config.slots, places, strict=True))
+        notes |= {f"said_{slot.name}": float(at) for slot, at in zip(self.config.slots, places, strict=True)}
         return ActionChunk(
             actions=actions.astype(np.float32),
             space=self.action_space,
-            notes={"out_of_range_tokens": float(self.actions.out_of_range(ids))},
+            notes=notes,
         )
 
     @torch.inference_mode()
     def logits(self, observation: Observation) -> Tensor:
-        """float32 [7 * chunk, vocab_rows]: logits of the decoding steps, each after the policy's own greedy tokens."""
-        return self._decode(observation, all_logits=True)[1]
+        """float32 [7 * chunk, vocab_rows]: logits of the action tokens, after the policy's own greedy words and tokens."""
+        return self._decode(observation, all_logits=True).logits
+
+    @torch.inference_mode()
+    def word_logits(self, observation: Observation) -> dict[str, Tensor]:
+        """Slot name -> float32 logits of its words, each after the policy's own greedy words before it."""
+        told = self._decode(observation, all_logits=False).told
+        return {slot.name: scores for slot, scores in zip(self.config.slots, told, strict=True)}
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """BOS, the prompt's tokens, and the appended token of the training format. Raises SteerError('bad_instruction')."""
@@ -177,7 +191,10 @@ class OpenVLAPolicy:
                 "bad_instruction",
                 f"the instruction has {len(instruction)} characters: expected 1 to {limit}, not only spaces",
             )
-        ids = [self.config.lm.bos_token_id, *self.tokenizer.encode(prompt_text(instruction), add_special_tokens=False)]
+        ids = [
+            self.config.lm.bos_token_id,
+            *self.tokenizer.encode(prompt_text(self.config, instruction), add_special_tokens=False),
+        ]
         if self.config.append_token_id is not None and ids[-1] != self.config.append_token_id:
             ids.append(self.config.append_token_id)
         if len(ids) > self.config.max_prompt_tokens:
@@ -217,7 +234,7 @@ class OpenVLAPolicy:
             )
         return image
 
-    def _decode(self, observation: Observation, *, all_logits: bool) -> tuple[Tensor, Tensor]:
+    def _decode(self, observation: Observation, *, all_logits: bool) -> Decoded:
         weight = self.unembedding
         pixels = self.pixels(observation).to(weight.device, weight.dtype)
         prompt = torch.tensor([self.prompt_ids(observation.instruction)], device=weight.device)

@@ -34,8 +34,12 @@ class StateEncoder(nn.Module):
         self.fc1 = nn.Linear(STATE_SIZE, _HIDDEN)
         self.fc2 = nn.Linear(_HIDDEN, config.state_tokens * config.lm.d_model)
 
+    def normalise(self, state: Tensor) -> Tensor:
+        """(x - mean) / scale of [B, STATE_SIZE]."""
+        return (state - self.mean) / self.scale
+
     def forward(self, state: Tensor) -> Tensor:
-        hidden = nn.functional.gelu(self.fc1((state - self.mean) / self.scale))
+        hidden = nn.functional.gelu(self.fc1(self.normalise(state)))
         return self.fc2(hidden).unflatten(-1, (self.tokens, -1))
 
 

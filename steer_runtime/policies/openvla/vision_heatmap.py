@@ -1,7 +1,7 @@
-"""A vision tower small enough to train on a CPU: two cameras in, patch tokens and one token an object class out.
+"""A vision tower small enough to train on a CPU: two cameras in, where each object class is out.
 
 Invariant: an object's place is read off a heatmap by soft-argmax (Levine et al. 2016, arXiv 1504.00702, section 4), so
-the same weights that a privileged label trains in the picture place the object in metres and feed the language model.
+the same weights that a privileged label trains in the picture place the object in metres.
 Direct regression of positions needs several times the data. No buffers: all that is stored is a parameter.
 """
 
@@ -16,7 +16,9 @@ from torch.nn import functional
 from steer_runtime.policies.openvla.config import HeatmapConfig
 
 STRIDE = 4
-"""Pixels of the network's image to one cell of the first camera's heatmap."""
+"""Pixels of a camera's image to one cell of its heatmap."""
+GEOMETRY = 9
+"""Numbers an object class (see `Seen.geometry`)."""
 _GROUPS = 8
 _FEATURE = 64
 
@@ -25,12 +27,10 @@ _FEATURE = 64
 class Seen:
     """What the tower sees. C object classes; places are fractions of the image, column and row from the top left.
 
-    tokens [B, image_tokens, hidden]: patches of the first camera, patches of the wrist camera, objects.
     heatmap, wrist_heatmap [B, C, cells]: logits over a square grid of cells, row by row. place, wrist_place [B, C, 2].
     position [B, C, 3]: in the world, m. present, wrist_present [B, C]: logits that it is in the scene, in the picture.
     """
 
-    tokens: Tensor
     heatmap: Tensor
     place: Tensor
     position: Tensor
@@ -39,16 +39,68 @@ class Seen:
     wrist_place: Tensor
     wrist_present: Tensor
 
+    def geometry(self) -> Tensor:
+        """[B, C, GEOMETRY]: place 2, position 3 (m), present 1 (0 to 1), wrist place 2, wrist present 1 (0 to 1)."""
+        return geometry(
+            self.place, self.position, self.present.sigmoid(), self.wrist_place, self.wrist_present.sigmoid()
+        )
+
+
+def geometry(place: Tensor, position: Tensor, present: Tensor, wrist_place: Tensor, wrist_present: Tensor) -> Tensor:
+    """[..., GEOMETRY] of places [..., 2], position [..., 3] (m) and presences [...] from 0 to 1.
+
+    A place or position counts as far as the object is there: without it, it is the middle of the picture, the origin.
+    """
+    there, close = present[..., None], wrist_present[..., None]
+    places = 0.5 + there * (place - 0.5), there * position, there, 0.5 + close * (wrist_place - 0.5), close
+    return torch.cat(places, -1)
+
 
 class HeatmapTower(nn.Module):
     """Pixels [B, 6, S, S] in [-1, 1], the first camera's channels and then the wrist's, to `Seen`."""
 
-    def __init__(self, heat: HeatmapConfig, image_size: int, patch: int) -> None:
+    def __init__(self, heat: HeatmapConfig, image_size: int) -> None:
+        super().__init__()
+        classes = len(heat.classes)
+        self.front = _Eye(heat, image_size)
+        self.wrist = _Eye(heat, image_size)
+        self.name = nn.Parameter(torch.randn(classes, _FEATURE) * 0.1)
+        self.locate = _mlp(2 * (2 + _FEATURE) + _FEATURE, 4)
+        self.glance = _mlp(2 + 2 * _FEATURE, 1)
+        # Set from the training data, not trained: where the objects of a class are on average, and how far they spread.
+        self.position_mean = nn.Parameter(torch.zeros(classes, 3), requires_grad=False)
+        self.position_scale = nn.Parameter(torch.full((1,), 0.1), requires_grad=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Geometry [B, C, GEOMETRY]."""
+        return self.see(pixels).geometry()
+
+    def see(self, pixels: Tensor) -> Seen:
+        """Everything the tower knows of pixels [B, 6, S, S]."""
+        heatmap, place, feature = self.front(pixels[:, :3])
+        wrist_heatmap, wrist_place, wrist_feature = self.wrist(pixels[:, 3:])
+        name = self.name.expand(len(pixels), -1, -1)
+        # What the wrist sees tells whether an object is in the hand, so how high it is.
+        located = self.locate(torch.cat((2 * place - 1, feature, 2 * wrist_place - 1, wrist_feature, name), -1))
+        glanced = self.glance(torch.cat((2 * wrist_place - 1, wrist_feature, name), -1))
+        return Seen(
+            heatmap=heatmap,
+            place=place,
+            position=self.position_mean + located[..., :3] * self.position_scale,
+            present=located[..., 3],
+            wrist_heatmap=wrist_heatmap,
+            wrist_place=wrist_place,
+            wrist_present=glanced[..., 0],
+        )
+
+
+class _Eye(nn.Module):
+    """One camera [B, 3, S, S]: heatmaps [B, C, cells], places [B, C, 2], features [B, C, _FEATURE] at the places."""
+
+    def __init__(self, heat: HeatmapConfig, image_size: int) -> None:
         super().__init__()
         d, classes = heat.hidden, len(heat.classes)
         thin, low, mid = d // 8, d // 4, d // 2
-        self.grid = image_size // patch
-        self.wrist_grid = heat.wrist_grid
         self.stem = nn.Sequential(_Down(3, thin, kernel=5), _Down(thin, low), _Residual(low))
         self.middle = nn.Sequential(_Down(low, mid), _Residual(mid))
         self.bottom = _Down(mid, d)
@@ -65,31 +117,8 @@ class HeatmapTower(nn.Module):
         self.heat = nn.Conv2d(_FEATURE, classes, 1)
         self.offset = nn.Conv2d(_FEATURE, 2 * classes, 1)
 
-        self.wrist_stem = nn.Sequential(_Down(3, thin), _Down(thin, low), _Residual(low))
-        self.wrist_bottom = nn.Sequential(_Down(low, mid), _Residual(mid))
-        self.wrist_down = nn.Conv2d(mid, _FEATURE, 1)
-        self.wrist_lateral = nn.Conv2d(low, _FEATURE, 1)
-        self.wrist_heat = nn.Conv2d(_FEATURE, classes, 1)
-        self.wrist_token = nn.Linear(mid, d)
-
-        self.name = nn.Parameter(torch.randn(classes, _FEATURE) * 0.1)
-        self.locate = _mlp(2 + 2 * _FEATURE, 4)
-        self.glance = _mlp(2 + 2 * _FEATURE, 1)
-        self.object_token = nn.Sequential(
-            nn.Linear(9 + 3 * _FEATURE, d), nn.GELU(), nn.Linear(d, d)
-        )  # places 4, position 3, presences 2, features of both cameras, name
-        # Set from the training data, not trained: where the objects of a class are on average, and how far they spread.
-        self.position_mean = nn.Parameter(torch.zeros(classes, 3), requires_grad=False)
-        self.position_scale = nn.Parameter(torch.full((1,), 0.1), requires_grad=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Tokens [B, image_tokens, hidden]."""
-        return self.see(pixels).tokens
-
-    def see(self, pixels: Tensor) -> Seen:
-        """Everything the tower knows of pixels [B, 6, S, S]."""
-        front, wrist = pixels[:, :3], functional.avg_pool2d(pixels[:, 3:], 2)
-        fine = self.stem(front)
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.stem(pixels)
         middle = self.middle(fine)
         coarse = self.bottom(middle)
         mixed = self.mixer(coarse.flatten(2).transpose(1, 2) + self.position_embedding)
@@ -99,44 +128,7 @@ class HeatmapTower(nn.Module):
         heatmap = self.heat(joined).flatten(2)
         offset = 0.1 * torch.tanh(self.offset(joined)).unflatten(1, (-1, 2)).flatten(3)
         place, feature = _read(heatmap, joined, offset)
-
-        wrist_fine = self.wrist_stem(wrist)
-        wrist_coarse = self.wrist_bottom(wrist_fine)
-        wrist_joined = functional.gelu(self.wrist_lateral(wrist_fine) + _twice(self.wrist_down(wrist_coarse)))
-        wrist_heatmap = self.wrist_heat(wrist_joined).flatten(2)
-        wrist_place, wrist_feature = _read(wrist_heatmap, wrist_joined)
-
-        name = self.name.expand(len(pixels), -1, -1)
-        located = self.locate(torch.cat((2 * place - 1, feature, name), -1))
-        relative, present = located[..., :3], located[..., 3]
-        wrist_present = self.glance(torch.cat((2 * wrist_place - 1, wrist_feature, name), -1))[..., 0]
-        objects = self.object_token(
-            torch.cat(
-                (
-                    2 * place - 1,
-                    relative,
-                    torch.sigmoid(present)[..., None],
-                    feature,
-                    2 * wrist_place - 1,
-                    torch.sigmoid(wrist_present)[..., None],
-                    wrist_feature,
-                    name,
-                ),
-                -1,
-            )
-        )
-        patches = functional.adaptive_avg_pool2d(coarse, self.grid).flatten(2).transpose(1, 2)
-        wrist_patches = functional.adaptive_avg_pool2d(wrist_coarse, self.wrist_grid).flatten(2).transpose(1, 2)
-        return Seen(
-            tokens=torch.cat((patches, self.wrist_token(wrist_patches), objects), 1),
-            heatmap=heatmap,
-            place=place,
-            position=self.position_mean + relative * self.position_scale,
-            present=present,
-            wrist_heatmap=wrist_heatmap,
-            wrist_place=wrist_place,
-            wrist_present=wrist_present,
-        )
+        return heatmap, place, feature
 
 
 class _Down(nn.Sequential):
@@ -173,7 +165,7 @@ def _twice(x: Tensor) -> Tensor:
     return functional.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def _read(heatmap: Tensor, features: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _read(heatmap: Tensor, features: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Soft-argmax: place [B, C, 2] = sum_n p_n (cell_n + offset_n), feature [B, C, F] = sum_n p_n features_n.
 
     p = softmax(heatmap [B, C, n]); cell centres are fractions of the image; offset [B, C, 2, n] refines them.
@@ -182,6 +174,5 @@ def _read(heatmap: Tensor, features: Tensor, offset: Tensor | None = None) -> tu
     side = features.shape[-1]
     line = (torch.arange(side, device=features.device, dtype=features.dtype) + 0.5) / side
     cells = torch.stack((line.repeat(side), line.repeat_interleave(side)))
-    where = cells if offset is None else cells + offset
-    place = (weight[:, :, None] * where).sum(-1)
+    place = (weight[:, :, None] * (cells + offset)).sum(-1)
     return place, torch.einsum("bcn,bfn->bcf", weight, features.flatten(2))

@@ -1,0 +1,50 @@
+"""Object tokens: what the small tower sees of each object class, told relative to the hand, for the language model.
+
+Invariant: a token knows which class it stands for by the words for it, and where the object is from the hand; a policy
+that reaches for things needs the difference, and a transformer computes differences of positions badly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from steer_runtime.policies.openvla.config import OpenVLAConfig
+from steer_runtime.policies.openvla.proprioception import STATE_SIZE
+from steer_runtime.policies.openvla.vision_heatmap import GEOMETRY
+
+_KIND = 32
+_WIDTH = 512
+_FAR, _NEAR = 0.1, 0.02
+"""Scales of the offset from the hand, m: of a reach, and of a grasp (where it saturates)."""
+
+
+class ObjectProjector(nn.Module):
+    """Geometry [B, C, GEOMETRY] and normalised proprioception [B, STATE_SIZE] to tokens [B, C, d_model].
+
+    centre [3], m: where objects are on average; set, not trained. name [C, d_model] begins as the words of each class.
+    """
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__()
+        assert config.heatmap is not None
+        classes, d = len(config.heatmap.classes), config.lm.d_model
+        self.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.kind = nn.Parameter(torch.randn(classes, _KIND) * 0.5)
+        self.name = nn.Parameter(torch.zeros(classes, d))
+        self.fc1 = nn.Linear(GEOMETRY + 6 + STATE_SIZE + _KIND, _WIDTH)
+        self.fc2 = nn.Linear(_WIDTH, _WIDTH)
+        self.fc3 = nn.Linear(_WIDTH, d)
+
+    def forward(self, geometry: Tensor, state: Tensor, hand: Tensor) -> Tensor:
+        """hand [B, 3]: position of the grip site in the world, m."""
+        place, position, present, wrist_place, wrist_present = geometry.split((2, 3, 1, 2, 1), -1)
+        offset = present * (position - hand[:, None])
+        shape = (*geometry.shape[:2], -1)
+        told = (
+            4 * (place - 0.5), present * (position - self.centre) / _FAR, present, 4 * (wrist_place - 0.5), wrist_present,
+            offset / _FAR, torch.tanh(offset / _NEAR), state[:, None].expand(shape), self.kind.expand(shape),
+        )  # fmt: skip
+        hidden = nn.functional.gelu(self.fc1(torch.cat(told, -1)))
+        hidden = hidden + nn.functional.gelu(self.fc2(hidden))
+        return self.fc3(hidden) + self.name
