@@ -123,6 +123,11 @@ def record(
     noise: PositionNoise = 0.0,
     rotation_noise: RotationNoise = 0.0,
     gripper_noise: GripperNoise = 0.0,
+    policy: Annotated[
+        str,
+        typer.Option(help="DAgger: this policy (a YAML, or a name of configs/policies/) drives, the expert labels."),
+    ] = "",
+    expert_share: Annotated[float, typer.Option(help="Share of the steps that the expert drives even so.")] = 0.3,
 ) -> None:
     """Record the expert in LIBERO's HDF5 layout. Interrupt it at any moment; the same command goes on."""
     from rich.console import Console
@@ -134,6 +139,11 @@ def record(
 
     if not no_images:
         use_software_rendering()
+    driver = None
+    if policy:
+        from steer_runtime.policies import load_policy
+
+        driver = load_policy(policy)
     recording = Recording(
         suite=suite,
         layout=layouts,  # type: ignore[arg-type]
@@ -147,6 +157,8 @@ def record(
         thin=not original_meshes,
         images=not no_images,
         noise=Noise(noise, rotation_noise, gripper=gripper_noise),
+        driver=driver.model_hash[:16] if driver is not None else "",
+        expert_share=expert_share if driver is not None else 1.0,
     )
     last: Progress | None = None
     with _bar() as bar:
@@ -158,7 +170,7 @@ def record(
             bar.update(job, completed=progress.recorded + progress.failed, description=note)
 
         try:
-            last = record_all(recording, folder, on_episode)
+            last = record_all(recording, folder, on_episode, driver)
         except KeyboardInterrupt:
             Console(stderr=True).print(f"every finished episode is safe in {folder}; the same command goes on")
             raise

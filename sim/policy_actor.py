@@ -83,3 +83,26 @@ def tell_gripper(policy: Policy, command: float) -> None:
     """Let a policy that remembers its last gripper command (-1 open, +1 close) know one that it did not give itself."""
     if hasattr(policy, "_gripper"):
         policy._gripper = 1.0 if command > 0 else -1.0
+
+
+class SharedActor:
+    """An `Actor` for DAgger (Ross et al. 2011, arXiv 1011.0686): blocks of `block` steps belong to the expert with probability `expert_share`, else
+    to the policy; the expert labels them all.
+
+    The expert's actions void the rest of the policy's chunk, and the policy learns what the gripper was told.
+    """
+
+    def __init__(self, policy: PolicyActor, *, expert_share: float = 0.5, block: int = 16, seed: int = 0) -> None:
+        self._policy, self._share, self._block = policy, expert_share, block
+        self._rng = np.random.default_rng([seed, 0xDA66])
+        self._step, self._expert_acts = 0, False
+
+    def __call__(self, snapshot: Snapshot, advice: Decision) -> np.ndarray:
+        """float64 [7] to execute."""
+        if self._step % self._block == 0:
+            self._expert_acts = bool(self._rng.random() < self._share)
+        self._step += 1
+        if self._expert_acts:
+            self._policy.overruled(advice.action)
+            return advice.action
+        return self._policy(snapshot, advice)

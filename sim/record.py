@@ -31,22 +31,27 @@ from sim.benchmark import load_module, require_versions, versions
 from sim.demonstrations import dump, write_atomically
 from sim.expert import decide
 from sim.manner import Manner, draw
-from sim.rollout import MIX, Assignment, Noise, Outcome, Step, follow, run
+from sim.policy_actor import PolicyActor, SharedActor
+from sim.rollout import MIX, STEP_LIMIT, Actor, Assignment, Noise, Outcome, Step, follow, run
 from sim.scene import CAMERAS, Goal, Scene, Snapshot
-from sim.wordings import choose, say
+from sim.wordings import Wording, choose, say
 from steer_runtime.errors import SteerError
+from steer_runtime.types import Policy
 
 PHASES: tuple[str, ...] = (
     "approach", "descend", "squeeze", "lift", "carry", "lower", "release", "falling", "retreat", "rest",
 )  # fmt: skip
 OTHER_MANNERS = 3
 """Counterfactuals of a sample with the episode's own target."""
+DRIVEN_LIMIT = 320
+"""Steps after which an episode that a policy drives ends: stuck states teach little more."""
 
 
 @dataclass(frozen=True)
 class Recording:
     """Configuration of a folder. size: pixels. stride: a sample every so many steps. thin: decimated meshes.
-    images: samples have pictures; without them nothing is rendered, and size and thin mean nothing.
+    images: samples have pictures; without them nothing is rendered, and size and thin mean nothing. driver: hash of the
+    model that drives (DAgger); empty: the expert does. expert_share: of blocks of steps that the expert drives even so.
 
     episodes is how many there shall be; a folder may grow, everything else is fixed by its first run.
     """
@@ -63,12 +68,16 @@ class Recording:
     thin: bool = True
     images: bool = True
     noise: Noise = field(default_factory=Noise)
+    driver: str = ""
+    expert_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 1024:
             raise SteerError("bad_camera_size", f"camera size {self.size} is not usable: expected 16 to 1024 pixels")
         if not 1 <= self.stride <= 100:
             raise SteerError("bad_stride", f"image stride {self.stride} is not usable: expected 1 to 100 steps")
+        if not 0 <= self.expert_share <= 1:
+            raise SteerError("bad_share", f"the expert's share {self.expert_share} is not usable: expected 0 to 1")
 
     def plan(self) -> list[plan.Episode]:
         """The episodes of this configuration."""
@@ -96,8 +105,15 @@ class Progress:
     steps: int
 
 
-def record(recording: Recording, folder: Path, on_episode: Callable[[Progress], None] | None = None) -> Progress | None:
+def record(
+    recording: Recording,
+    folder: Path,
+    on_episode: Callable[[Progress], None] | None = None,
+    policy: Policy | None = None,
+) -> Progress | None:
     """Record what the folder still lacks. For images rendering must be set up (`use_software_rendering`).
+
+    policy: the driver of a recording that names one; its episodes are kept however they end (DAgger).
 
     Raises SteerError: 'wrong_version', 'other_configuration', 'other_versions', 'in_use', 'disk_full', 'torn_file' and
     those of plans. An interruption loses at most the running episode; tasks are even whenever it comes. Returns the last
@@ -128,7 +144,7 @@ def record(recording: Recording, folder: Path, on_episode: Callable[[Progress], 
                         started = time.monotonic()
                         require_room(folder)
                         target = targets[episode.target_index % len(targets)]
-                        content, steps = _episode(scene, recording, episode, target, targets)
+                        content, steps = _episode(scene, recording, episode, target, targets, policy)
                         if isinstance(content, bytes):
                             write_atomically(_file(folder, names, episode), content)
                             recorded += 1
@@ -190,7 +206,12 @@ def nameable(scene: Scene, targets: Sequence[str], moved: bool) -> list[str]:
 
 
 def _episode(
-    scene: Scene, recording: Recording, episode: plan.Episode, target: str, targets: Sequence[str]
+    scene: Scene,
+    recording: Recording,
+    episode: plan.Episode,
+    target: str,
+    targets: Sequence[str],
+    policy: Policy | None,
 ) -> tuple[bytes | Mapping[str, Any], int]:
     """One episode's file, or why there is none, and its steps."""
     try:
@@ -204,16 +225,27 @@ def _episode(
     counterfactuals = Counterfactuals(scene.goal, scene.objects, target, episode.manner, others)
     rng = np.random.default_rng([recording.seed, episode.index, 0xCF])
     collector = _Collector(scene, recording, counterfactuals, rng)
+    actor: Actor = follow(recording.noise, episode.index, episode.manner.style().speed)
+    limit = STEP_LIMIT
+    if policy is not None:
+        spoken = say(scene.instruction(target, moved), _wordings(recording, episode))
+        driven = PolicyActor(policy, scene, spoken, size=recording.size)
+        actor, limit = SharedActor(driven, expert_share=recording.expert_share, seed=episode.index), DRIVEN_LIMIT
     outcome = run(
         scene,
         layout,
         Assignment(target, episode.style, episode.index, episode.manner),
-        actor=follow(recording.noise, episode.index, episode.manner.style().speed),
+        actor=actor,
         on_step=collector.add,
+        step_limit=limit,
     )
-    if not outcome.released:
+    if policy is None and not outcome.released:
         return asdict(outcome), outcome.steps
     return _content(scene, recording, episode, layout, outcome, [target, *others], collector.arrays()), outcome.steps
+
+
+def _wordings(recording: Recording, episode: plan.Episode) -> tuple[Wording, ...]:
+    return choose(episode.manner.concepts(), episode.index + 1_000_003 * recording.seed)
 
 
 def _content(
@@ -227,8 +259,7 @@ def _content(
 ) -> bytes:
     """An episode's file. named: the targets that it has labels for."""
     target, moved = layout.target, layout.kind == "random"
-    concepts = episode.manner.concepts()
-    chosen = choose(concepts, episode.index + 1_000_003 * recording.seed)
+    concepts, chosen = episode.manner.concepts(), _wordings(recording, episode)
     base = scene.instruction(target, moved)
     spoken = say(base, chosen)
     problem = {"problem_name": scene.domain_name, "domain_name": "robosuite", "language_instruction": spoken}
@@ -251,6 +282,7 @@ def _content(
         "layout_seed": episode.seed,
         "episode_index": episode.index,
         "noise": dump(asdict(recording.noise)),
+        "driver": recording.driver,
         "image_stride": recording.stride,
         "images": recording.images,
         "decimated": recording.images and recording.thin,

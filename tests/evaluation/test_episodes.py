@@ -15,10 +15,9 @@ from sim.evaluation import grounding
 from sim.evaluation.episodes import Setting, configuration, official, run_trial, run_trials
 from sim.evaluation.results import results
 from sim.libero_robot import LiberoRobot
-from sim.policy_actor import PolicyActor
+from sim.policy_actor import PolicyActor, SharedActor
 from sim.rollout import Assignment, run
 from sim.scene import Scene
-from sim.training.dagger import SharedActor
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import ActionChunk, Observation

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fabricate
 import numpy as np
 import pytest
 
@@ -311,3 +312,21 @@ def test_frames_are_recorded_with_positions_and_go_on(tmp_path: Path) -> None:
     assert shard.arrays["agentview_rgb"].shape == (3, 32, 32, 3)
     assert shard.arrays["positions"].shape == (3, len(objects) + 1, 3)
     assert np.ptp(shard.arrays["positions"][:, objects.index("milk_1"), :2], axis=0).max() > 0.02
+
+
+def test_a_policy_drives_and_the_expert_labels_what_it_gets_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sim.record.DRIVEN_LIMIT", 24)
+    policy = fabricate.tiny_policy()
+    driven = replace(CONFIGURATION, episodes=1, stride=8, driver=policy.model_hash[:16], expert_share=0.5)
+    record(driven, tmp_path, policy=policy)
+    demo = demonstrations.read(demonstrations.episodes_in(tmp_path)[0])
+    assert demo.attributes["driver"] == policy.model_hash[:16]
+    executed, labels = demo.arrays["actions"], demo.arrays["expert_actions"]
+    agrees = (executed == labels).all(1)
+    # Blocks of 16 steps belong to one of the two; an untrained policy that agrees with the expert would be a wonder.
+    assert len(executed) == 24
+    assert all(block.all() or not block.any() for block in (agrees[:16], agrees[16:]))
+    assert not agrees.all()
+    assert demo.arrays["counterfactual/actions"].shape[0] == 3
