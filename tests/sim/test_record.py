@@ -319,14 +319,12 @@ def test_a_policy_drives_and_the_expert_labels_what_it_gets_into(
 ) -> None:
     monkeypatch.setattr("sim.record.DRIVEN_LIMIT", 24)
     policy = fabricate.tiny_policy()
-    driven = replace(CONFIGURATION, episodes=1, stride=8, driver=policy.model_hash[:16], expert_share=0.5)
+    driven = replace(CONFIGURATION, episodes=1, stride=8, driver=policy.model_hash[:16], expert_share=0.0)
     record(driven, tmp_path, policy=policy)
     demo = demonstrations.read(demonstrations.episodes_in(tmp_path)[0])
     assert demo.attributes["driver"] == policy.model_hash[:16]
     executed, labels = demo.arrays["actions"], demo.arrays["expert_actions"]
-    agrees = (executed == labels).all(1)
-    # Blocks of 16 steps belong to one of the two; an untrained policy that agrees with the expert would be a wonder.
     assert len(executed) == 24
-    assert all(block.all() or not block.any() for block in (agrees[:16], agrees[16:]))
-    assert not agrees.all()
+    # An untrained policy that agreed with the expert would be a wonder.
+    assert not (executed == labels).all(1).any()
     assert demo.arrays["counterfactual/actions"].shape[0] == 3
