@@ -26,6 +26,10 @@ FINGER_REACH, FINGER_HALF_DEPTH, FINGER_FROM = 0.060, 0.014, -0.012
 """The same for the open fingers."""
 RIM_DEPTH = 0.015
 """How deep below a bowl's rim the pads' centre goes, m."""
+RIM_INWARDS = (0.0, 0.008, 0.016)
+"""How much nearer to a bowl's middle than its wall the hand may come down, m: the outer finger needs room too."""
+RIM_SPARE = 0.004
+"""Room beside the open fingers that a grasp on a rim asks for, m: a finger on a drawer's wall holds the arm up."""
 _GRID = 4
 
 
@@ -72,15 +76,18 @@ def _obstacles(all_boxes: Mapping[str, Boxes], target: str, boxes: Boxes) -> Box
     return Boxes(*(np.concatenate(p) for p in zip(*parts, strict=True)))
 
 
-def _hits(obstacles: Boxes, positions: np.ndarray, yaws: np.ndarray) -> np.ndarray:
-    """int [k]: how many boxes the hand and the open fingers meet, for grip-site positions [k, 3] and yaws [k]."""
+def _hits(obstacles: Boxes, positions: np.ndarray, yaws: np.ndarray, spare: float = 0.0) -> np.ndarray:
+    """int [k]: how many boxes the hand and the open fingers meet, for grip-site positions [k, 3] and yaws [k].
+
+    spare: added to the fingers' half sizes, m.
+    """
     cos, sin = np.cos(yaws), np.sin(yaws)
     zero, one = np.zeros_like(yaws), np.ones_like(yaws)
     rotations = np.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).reshape(-1, 3, 3)
     found = np.zeros((len(yaws), len(obstacles.centres)), bool)
     for half_length, half_depth, bottom, top in (
         (HAND_HALF_LENGTH, HAND_HALF_DEPTH, HAND_FROM, HAND_TO),
-        (FINGER_REACH, FINGER_HALF_DEPTH, FINGER_FROM, HAND_FROM),
+        (FINGER_REACH + spare, FINGER_HALF_DEPTH + spare, FINGER_FROM, HAND_FROM),
     ):
         centres = positions + np.array([0.0, 0.0, (bottom + top) / 2])
         halves = np.array([half_depth, half_length, (top - bottom) / 2])
@@ -136,10 +143,10 @@ def _rim_grasp(
     now: float,
     close: float,
 ) -> Grasp:
-    """Pinch the wall of a hollow object at one of 16 places round it, the fingers pointing outwards."""
+    """Pinch the wall of a hollow object at one of 16 places round it, the fingers' axis pointing outwards."""
     solid = boxes.grid(_GRID)
     offset = solid[:, :2] - centre[:2]
-    positions, angles = [], []
+    positions, angles, shifts = [], [], []
     for angle in np.linspace(-np.pi, np.pi, 16, endpoint=False):
         axis = np.array([np.cos(angle), np.sin(angle)])
         radius = offset @ axis
@@ -147,11 +154,16 @@ def _rim_grasp(
         if section.any():
             outer = float(radius[section].max())
             top = float(solid[section & (radius > outer - 0.012), 2].max())
-            positions.append([*(centre[:2] + axis * (outer - 0.005)), top - RIM_DEPTH])
-            angles.append(angle)
+            for inwards in RIM_INWARDS:
+                positions.append([*(centre[:2] + axis * (outer - 0.005 - inwards)), top - RIM_DEPTH])
+                angles.append(angle)
+                shifts.append(inwards)
     places, yaws = np.array(positions), _fold(np.array(angles) - np.pi / 2)
-    hits = _hits(obstacles, places, yaws)
-    cost = 0.05 * np.minimum(hits, 20) + 0.02 * np.abs(yaws) + 0.05 * close * np.abs(_fold(yaws - now))
+    hits = _hits(obstacles, places, yaws, RIM_SPARE)
+    # The side of a rim is free to choose, and a hand that stands on a drawer's wall gets no lower: no way there is so
+    # much shorter that one which is blocked would be better than one which is not.
+    cost = 0.25 * (hits > 0) + 0.05 * np.minimum(hits, 20)
+    cost += 0.02 * np.abs(yaws) + 0.05 * close * np.abs(_fold(yaws - now)) + 2.0 * np.array(shifts)
     # All sides of a rim are alike but for the way to them, and near ones leave the arm more reach.
     cost += 0.3 * np.linalg.norm(places[:, :2] - eef[:2], axis=1)
     cost += 0.5 * np.linalg.norm(places[:, :2] - shoulder[:2], axis=1)
