@@ -203,6 +203,135 @@ def labels(
     _finish_without_episodes(loaded, "labels", out, None, more, surviving.summarise(loaded, base, shares))
 
 
+@app.command(
+    epilog="Examples:  steer eval axis pocket --axis speed --form dense  ·  "
+    "steer eval axis pocket --axis height --form neurons --layers 4-7 --alpha 8 --episodes 0"
+)
+def axis(
+    policy: Policy,
+    axis: Annotated[str, typer.Option(help="speed, height or careful.")] = "speed",
+    form: Annotated[
+        str, typer.Option(help="neurons (overridden) or dense (a vector added to the residual stream).")
+    ] = "dense",
+    strengths: Annotated[
+        str, typer.Option(help="Above 0 and at most 1; each is used in both signs.")
+    ] = "0.2,0.4,0.6,0.8,1",
+    random_draws: Annotated[int, typer.Option(min=0, help="Random axes of the same form and norm, of each kind.")] = 20,
+    episodes: Annotated[int, typer.Option(min=0, help="Layouts in closed loop; 0: offline only.")] = 10,
+    random_episodes: Annotated[int, typer.Option(min=0, help="How many of these layouts the random axes run on.")] = 2,
+    layers: Annotated[str, typer.Option(help="Neurons: the policy's layers, e.g. 4-7; default: its later half.")] = "",
+    count: Annotated[int, typer.Option(help="Neurons: how many.")] = 20,
+    alpha: Annotated[float, typer.Option(help="Neurons: activation written at strength 1.")] = 4.0,
+    site: Annotated[int, typer.Option(help="Dense: 0 the embeddings, i + 1 the output of layer i.")] = 0,
+    norm: Annotated[float, typer.Option(help="Dense: norm at strength 1, in mean norms of a word embedding.")] = 1.0,
+    span: Annotated[
+        str, typer.Option(help="Token roles, comma separated; default: text for dense, all for neurons.")
+    ] = "",
+    moments: Annotated[int, typer.Option(help="Offline: observations that every condition is asked about.")] = 48,
+    bank_episodes: Annotated[int, typer.Option(help="Offline: expert episodes that they are taken from.")] = 6,
+    recording: Annotated[
+        Path | None, typer.Option(help="Offline: a folder of `steer data record` to take them from instead.")
+    ] = None,
+    suite: Suite = "libero_object",
+    tasks: Tasks = "",
+    seed: int = 3,
+    meshes: Meshes = "thin",
+    size: Size = 256,
+    limit: Limit = None,
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Does an axis made of words alone move what it names, beyond random axes? Offline and in closed loop.
+
+    Prompts are neutral. The file may grow: more strengths, draws and layouts of the same axis go on where it stopped.
+    """
+    from dataclasses import asdict
+
+    from sim.benchmark import use_software_rendering
+    from sim.evaluation import axis as axes
+    from sim.evaluation import axis_directions as making
+    from sim.evaluation import dose_response as verdicts
+    from sim.evaluation import episodes as runs
+    from sim.evaluation.bank import BankSpec, bank, bank_path
+    from sim.evaluation.results import results
+    from steer_runtime.cli.pocket import parse_layers
+
+    setting = _setting(suite=suite, meshes=meshes, size=size, limit=limit)
+    chosen = runs.chosen_tasks(suite, _task_ids(tasks))
+    use_software_rendering()
+    loaded = load(policy, checkpoint)
+    later_half = range(loaded.config.lm.layers // 2, loaded.config.lm.layers)
+    spec = making.AxisSpec(
+        name=axis,
+        form=form,  # type: ignore[arg-type]
+        span=making.span_of(_words(span), form),
+        layers=(tuple(parse_layers(layers)) if layers else tuple(later_half)) if form == "neurons" else (),
+        count=count,
+        alpha=alpha,
+        site=site,
+        size=norm,
+    )
+    basis = making.basis_of(loaded, axis)
+    draws = making.make(loaded, spec, basis, random_draws, seed)
+    wanted = axes.conditions(draws, _numbers(strengths))
+    tested = [c for c in wanted if c.kind in (axes.OFF, "words")]
+    drawn = [c for c in wanted if c not in tested]
+    layouts = runs.randomised(chosen, episodes, seed) if episodes else []
+    closed = {**axes.closed_trials(layouts, tested), **axes.closed_trials(layouts[:random_episodes], drawn)}
+    moments_spec = BankSpec(moments, bank_episodes, suite, seed, size, meshes == "thin", str(recording or ""))
+
+    name = f"axis-{axis}-{form}-" + (f"site{site}-norm{norm:g}" if form == "dense" else f"alpha{alpha:g}")
+    path = results_path(loaded, name, out)
+    more = {
+        "axis": asdict(spec), "words": basis.used, "left_out": basis.left_out, "bank": asdict(moments_spec),
+        "tasks": list(chosen), "seed": seed,
+    }  # fmt: skip
+    configuration = runs.configuration(loaded, "axis", setting, **more)
+    with results(path, configuration) as file:
+        with bar("moments", bank_episodes) as tick:
+            asked = bank(
+                moments_spec, bank_path(path.parent, moments_spec, chosen), chosen, lambda *_: tick(1, "moments")
+            )
+        missing = [c for c in wanted if f"offline-{c.key}" not in file.rows]
+        with axes.Steered(loaded, draws) as steered:
+            with bar("offline", len(missing)) as tick:
+                rows = axes.run_offline(loaded, steered, asked, wanted, file, lambda c: tick(1, f"offline {c.key}"))
+            with bar("closed loop", len(closed)) as tick:
+                tick(sum(key in file.rows for key in closed), "closed loop")
+                ridden = runs.run_trials(
+                    loaded, [trial for trial, _ in closed.values()], setting, file,
+                    infer_for=lambda trial: steered.infer(closed[trial.key][1]),
+                    on_trial=lambda trial, _: tick(1, trial.key),
+                )  # fmt: skip
+    closed_rows = axes.closed_rows(ridden, closed)
+    offline = [verdicts.respond(rows, axis, measure, sign) for measure, sign in axes.OFFLINE[axis]]
+    whole = [verdicts.respond(closed_rows, axis, measure, sign) for measure, sign in axes.CLOSED[axis]]
+    responses = [r for r in (*offline, *whole) if r is not None]
+    finish(loaded, path, configuration, verdicts.summarise(responses), ridden)
+    if responses:
+        chart = verdicts.draw_chart(responses, f"{loaded.name}: {name}", path.with_suffix(".html"))
+        typer.echo(str(chart))
+
+
+@app.command("table", epilog="Examples:  steer eval table out/eval/*.summary.json")
+def reach_table(
+    summaries: Annotated[list[Path], typer.Argument(help="Summaries that the other commands wrote.")],
+) -> None:
+    """Every measured row that has a target, side by side."""
+    from rich.console import Console
+
+    from sim.evaluation.statistics import read_summary
+
+    read = [read_summary(path) for path in summaries]
+    names = ", ".join(dict.fromkeys(name for name, _, _ in read))
+    hours = sum(spent for _, spent, _ in read)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table(names, [line for _, _, lines in read for line in lines if line.aim is not None]))
+    console.print(f"{hours:.1f} hours of episodes")
+
+
 @dataclass(frozen=True)
 class _Run:
     """One command on one policy: where results go and what they were measured with."""
@@ -321,6 +450,17 @@ def _setting(**values: Any) -> Setting:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from steer_runtime.errors import SteerError
+
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise SteerError(
+            "bad_strength", f"--strengths {text[:80]!r} is not a list of numbers: expected for example 0.5,1"
+        ) from None
 
 
 def _task_ids(text: str) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from sim.demonstrations import write_atomically
 from sim.score import wilson
+from steer_runtime.errors import SteerError
 
 DRAWS = 10_000
 """Resamples of a bootstrap interval."""
@@ -96,3 +97,15 @@ def write_summary(
     path = summary_path(results)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
+
+
+def read_summary(path: Path) -> tuple[str, float, list[Line]]:
+    """(policy, hours, lines) of a summary. Raises SteerError('bad_summary')."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lines = [Line(**line) for line in content["lines"]]
+        return str(content["configuration"]["policy"]["name"]), float(content["hours"]), lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SteerError(
+            "bad_summary", f"{path} is no summary of `steer eval` ({error}); give files that end in .summary.json"
+        ) from None
