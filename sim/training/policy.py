@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,20 @@ from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import prompt_text
 from steer_runtime.policies.openvla.vision_heatmap import geometry
 
-_SCORED = 512
+_SCORED = 256
 """Held-out samples that a validation scores, spread evenly."""
 _ACTION = 7
 _OUTLIER = 0.05
 """Standard deviation of a badly seen object's position, m."""
+
+
+class Branch(NamedTuple):
+    """What a batch is told and does. prompts: ids with BOS first, said int64 [B, slots]: which word, targets int64 [B, T]
+    rows of action_rows; T may be less than the policy's where the tokens are decoded in parallel."""
+
+    prompts: Sequence[Sequence[int]]
+    said: Tensor
+    targets: Tensor
 
 
 class PolicyNet(nn.Module):
@@ -70,55 +79,64 @@ class PolicyNet(nn.Module):
         decoder.embed_tokens.weight.requires_grad_(False)
 
     def forward(
-        self,
-        seen: Tensor,
-        states: Tensor,
-        prompts: Sequence[Sequence[int]],
-        said: Tensor,
-        targets: Tensor,
-        noise: float = 0.0,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Each slot's logits [B, words], and the action tokens' [B, T, n_bins] in order of ids, when all before was right.
+        self, seen: Tensor, states: Tensor, branches: Sequence[Branch], noise: float = 0.0
+    ) -> list[tuple[list[Tensor], Tensor]]:
+        """For each branch each slot's logits [B, words], and the action tokens' [B, T, n_bins] in order of ids, when all
+        before was right.
 
-        seen [B, C, GEOMETRY], states [B, STATE_SIZE], prompts: ids with BOS first, said int64 [B, slots]: which word,
-        targets int64 [B, T] rows of action_rows; T may be less than the policy's where the tokens are decoded in parallel.
-        noise: standard deviation added to all embeddings, in units of the word embeddings' own.
+        seen [B, C, GEOMETRY], states [B, STATE_SIZE]. Branches share what is seen and felt and know nothing of each other:
+        each is computed as if it were alone. noise: standard deviation added to all embeddings, in units of the word
+        embeddings' own.
         """
         model, config = self.model, self.model.config
-        decoder = model.language_model.model
+        decoder, count = model.language_model.model, len(states)
         assert model.state_encoder is not None
-        tokens = targets.shape[1]
-        longest = max(len(p) for p in prompts) - 1
-        ids = torch.tensor([[0] * (longest - len(p) + 1) + list(p[1:]) for p in prompts])
-        real = torch.tensor([[0] * (longest - len(p) + 1) + [1] * (len(p) - 1) for p in prompts])
-        bos = torch.tensor([[prompt[0]] for prompt in prompts])
-        words = [torch.tensor(slot.ids)[said[:, i : i + 1]] for i, slot in enumerate(config.slots)]
-        acting = self.action_rows[targets[:, :-1]]
-        if config.parallel:
-            acting = model.action_queries[:tokens].expand(len(prompts), -1, -1)
+        bos = torch.full((count, 1), config.lm.bos_token_id)
         parts = [decoder.embed_tokens(bos), model.objects(seen, states), model.state_encoder(states)]
-        parts += [decoder.embed_tokens(torch.cat((ids, *words), 1)), acting]
+        prefix = sum(part.shape[1] for part in parts)
+        real, branch = [torch.ones(count, prefix, dtype=torch.bool)], [torch.full((prefix,), -1)]
+        positions = [torch.arange(prefix).expand(count, -1)]
+        for number, (prompts, said, targets) in enumerate(branches):
+            longest = max(len(p) for p in prompts) - 1
+            ids = torch.tensor([[0] * (longest - len(p) + 1) + list(p[1:]) for p in prompts])
+            words = [torch.tensor(slot.ids)[said[:, i : i + 1]] for i, slot in enumerate(config.slots)]
+            acting = self.action_rows[targets[:, :-1]]
+            if config.parallel:
+                acting = model.action_queries[: targets.shape[1]].expand(count, -1, -1)
+            parts += [decoder.embed_tokens(torch.cat((ids, *words), 1)), acting]
+            length = longest + len(words) + acting.shape[1]
+            missing = torch.tensor([longest - len(p) + 1 for p in prompts])
+            here = torch.arange(length)[None] >= missing[:, None]
+            real.append(here)
+            branch.append(torch.full((length,), number))
+            positions.append((prefix + here.cumsum(1) - 1).clamp(min=0))
         embeddings = torch.cat(parts, 1)
         if noise:
             spread = decoder.embed_tokens.weight[: self.low].std()
             embeddings = embeddings + noise * spread * torch.randn_like(embeddings)
-        before = torch.ones(len(prompts), sum(part.shape[1] for part in parts[:3]), dtype=torch.long)
-        after = torch.ones(len(prompts), len(words) + acting.shape[1], dtype=torch.long)
-        mask = torch.cat((before, real, after), 1)
+        of = torch.cat(branch)
+        order = torch.arange(len(of))
+        allowed = (order[:, None] >= order[None]) & ((of[None] == -1) | (of[:, None] == of[None]))
         # On a CPU and sequences this short the plain product is faster in the backward pass than the fused one.
         with sdpa_kernel(SDPBackend.MATH):
             hidden = decoder(
                 inputs_embeds=embeddings,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                attention_mask=(allowed & torch.cat(real, 1)[:, None])[:, None],
+                position_ids=torch.cat(positions, 1),
                 use_cache=False,
             ).last_hidden_state
-        first = hidden.shape[1] - acting.shape[1] - len(words) - 1
-        told = [
-            hidden[:, first + i] @ decoder.embed_tokens.weight[torch.tensor(slot.ids)].T
-            for i, slot in enumerate(config.slots)
-        ]
-        return told, hidden[:, -tokens:] @ self.action_rows.T
+        out = []
+        for part, (_, _, targets) in zip(
+            hidden[:, prefix:].split([len(b) for b in branch[1:]], 1), branches, strict=True
+        ):
+            tokens, acting_length = targets.shape[1], targets.shape[1] - (0 if config.parallel else 1)
+            first = part.shape[1] - acting_length - len(config.slots) - 1
+            told = [
+                part[:, first + i] @ decoder.embed_tokens.weight[torch.tensor(slot.ids)].T
+                for i, slot in enumerate(config.slots)
+            ]
+            out.append((told, part[:, -tokens:] @ self.action_rows.T))
+        return out
 
     def words(self, ids: Tensor) -> Tensor:
         """Next-token logits [B, L - 1, words] on plain text ids [B, L]."""
@@ -138,8 +156,8 @@ class PolicyNet(nn.Module):
 class PolicySubject:
     """A policy, demonstrations to learn from and demonstrations to score it on.
 
-    A step's batch: samples with the episode's own words and whole chunk, and as many further labels of the same states,
-    other targets or other manners, of which only the first action is known.
+    A step's batch: samples with the episode's own words and whole chunk, and further labels of the same states, other
+    targets or other manners, of which only the first action is known.
     loss = CE of the action tokens to softmax(-(b - y)^2 / (2 s^2)) over bins b, gripper tokens weighted,
     + word_weight * CE of the said words, + the distillation on every so many steps.
     """
@@ -195,32 +213,25 @@ class PolicySubject:
         # The gripper command is a sign; noise would only teach to ignore it.
         states[:, -1] = data.states[indices, -1]
         seen = self._look(indices)
-        told = torch.rand(len(indices), len(SLOTS)) < s.tell
-        prompts = [
-            self._prompt("train", int(data.spoken[i]), data.manners[i], told[row])
-            for row, i in enumerate(indices.tolist())
+        branches = [self._branch("train", indices, None)]
+        branches += [self._branch("train", indices, chosen) for chosen in self._others(indices, s.others)]
+        found = self.net(seen, states, [branch for branch, _ in branches], s.embedding_noise)
+        actions = [
+            action_loss(logits, branch.targets, s.smoothing, s.gripper_weight, s.value_weight)
+            for (branch, _), (_, logits) in zip(branches, found, strict=True)
         ]
-        targets = self._rows["train"][indices].flatten(1)
-        words, logits = self.net(seen, states, prompts, data.manners[indices], targets, s.embedding_noise)
-        action = action_loss(logits, targets, s.smoothing, s.gripper_weight)
         # In the episode's own state the height can be seen, so an untold word is learnt from the further labels only.
-        word = word_loss(words, data.manners[indices], told, None)
-
-        chosen = self._others("train", indices)
-        there = (data.other_spoken[indices, chosen] >= 0).nonzero()[:, 0]
-        indices, chosen = indices[there], chosen[there]
-        manners = data.other_manners[indices, chosen]
-        told = torch.rand(len(indices), len(SLOTS)) < s.tell
-        prompts = [
-            self._prompt("train", int(data.other_spoken[i, k]), manners[row], told[row])
-            for row, (i, k) in enumerate(zip(indices.tolist(), chosen.tolist(), strict=True))
+        words = [
+            word_loss(said, branch.said, told, self._word_weight if number else None)
+            for number, ((branch, told), (said, _)) in enumerate(zip(branches, found, strict=True))
         ]
-        targets = self._other_rows["train"][indices, chosen]
-        words, logits = self.net(seen[there], states[there], prompts, manners, targets, s.embedding_noise)
-        other = action_loss(logits, targets, s.smoothing, s.gripper_weight)
-        other_word = word_loss(words, manners, told, self._word_weight)
-        parts = {"action": action, "word": word, "other_action": other, "other_word": other_word}
-        total = (action + other) / 2 + s.word_weight * (word + other_word) / 2
+        parts = {
+            "action": actions[0],
+            "word": words[0],
+            "other_action": torch.stack(actions[1:]).mean(),
+            "other_word": torch.stack(words[1:]).mean(),
+        }
+        total = (parts["action"] + parts["other_action"] + s.word_weight * (parts["word"] + parts["other_word"])) / 2
         spec = s.distillation
         if self._teaching is not None and self._texts is not None and spec.weight and step % spec.every == 0:
             texts = self._texts.indices(step // spec.every)
@@ -242,24 +253,13 @@ class PolicySubject:
             found: dict[str, list[Tensor]] = {}
             for indices in every.split(32):
                 seen = torch.where(data.seen[indices].isnan(), data.exact[indices], data.seen[indices])
-                chosen = self._others(name, indices)
-                there = data.other_spoken[indices, chosen] >= 0
-                chosen = torch.where(there, chosen, 0)
-                for kind, spoken, manners, targets in (
-                    ("", data.spoken[indices], data.manners[indices], self._rows[name][indices].flatten(1)),
-                    (
-                        "other_", data.other_spoken[indices, chosen], data.other_manners[indices, chosen],
-                        self._other_rows[name][indices, chosen],
-                    ),
-                ):  # fmt: skip
-                    told = torch.ones(len(indices), len(SLOTS), dtype=torch.bool)
-                    prompts = [self._prompt(name, int(t), m, d) for t, m, d in zip(spoken, manners, told, strict=True)]
-                    words, logits = self.net(seen, data.states[indices], prompts, manners, targets)
+                pairs = [self._branch(name, indices, None, 1.0), self._branch(name, indices, indices % 8, 1.0)]
+                answers = self.net(seen, data.states[indices], [branch for branch, _ in pairs])
+                for kind, (branch, told), (words, logits) in zip(("", "other_"), pairs, answers, strict=True):
                     found.setdefault(f"{kind}rows", []).append(logits.argmax(-1).unflatten(1, (-1, _ACTION)))
-                    found.setdefault(f"{kind}right", []).append(targets.unflatten(1, (-1, _ACTION)))
-                    mentioned = _mentioned(manners, told)
-                    best = torch.stack([logit.argmax(-1) for logit in words], 1) if words else manners
-                    found.setdefault("words", []).append((best == manners)[mentioned].float())
+                    found.setdefault(f"{kind}right", []).append(branch.targets.unflatten(1, (-1, _ACTION)))
+                    best = torch.stack([logit.argmax(-1) for logit in words], 1) if words else branch.said
+                    found.setdefault("words", []).append((best == branch.said)[_mentioned(branch.said, told)].float())
             half = self.net.action_rows.shape[0] / 2
             for kind in ("", "other_"):
                 rows, right = torch.cat(found[f"{kind}rows"]), torch.cat(found[f"{kind}right"])
@@ -293,13 +293,30 @@ class PolicySubject:
         use = (torch.rand(len(indices)) < s.seen_share) & ~seen.isnan().flatten(1).any(1)
         return torch.where(use[:, None, None], seen.nan_to_num(), blurred)
 
-    def _others(self, name: str, indices: Tensor) -> Tensor:
-        """int64 [B]: one further label of each sample, by torch's generator in training."""
-        data = self._parts[name]
-        count = (data.other_spoken[indices] >= 0).sum(1).clamp(min=1)
-        if name == "train":
-            return (torch.rand(len(indices)) * count).long()
-        return indices % count
+    def _others(self, indices: Tensor, count: int) -> list[Tensor]:
+        """count times int64 [B]: different further labels of each sample."""
+        order = torch.rand(len(indices), self._parts["train"].other_spoken.shape[1]).argsort(1)
+        return [order[:, i % order.shape[1]] for i in range(count)]
+
+    def _branch(
+        self, name: str, indices: Tensor, chosen: Tensor | None, tell: float | None = None
+    ) -> tuple[Branch, Tensor]:
+        """A branch and which slots [B, slots] its prompts may tell of: the samples' own labels, or the chosen further ones.
+
+        A sample without such a label gives its own again.
+        """
+        data, tell = self._parts[name], self._settings.tell if tell is None else tell
+        spoken, manners, targets = data.spoken[indices], data.manners[indices], self._rows[name][indices].flatten(1)
+        if chosen is not None:
+            chosen = chosen % data.other_spoken.shape[1]
+            other = data.other_spoken[indices, chosen]
+            there = other >= 0
+            spoken = torch.where(there, other, spoken)
+            manners = torch.where(there[:, None], data.other_manners[indices, chosen], manners)
+            targets = torch.where(there[:, None], self._other_rows[name][indices, chosen], targets[:, :_ACTION])
+        told = torch.rand(len(indices), len(SLOTS)) < tell
+        prompts = [self._prompt(name, int(t), m, d) for t, m, d in zip(spoken, manners, told, strict=True)]
+        return Branch(prompts, manners, targets), told
 
     def _prompt(self, name: str, spoken: int, manner: Tensor, told: Tensor) -> list[int]:
         """Ids of an instruction in a wording that says the told slots of the manner."""
@@ -316,14 +333,21 @@ class PolicySubject:
         return torch.from_numpy(ids - self.net.low).reshape(actions.shape)
 
 
-def action_loss(logits: Tensor, targets: Tensor, smoothing: float, gripper_weight: float) -> Tensor:
+def action_loss(
+    logits: Tensor, targets: Tensor, smoothing: float, gripper_weight: float, value_weight: float = 0.0
+) -> Tensor:
     """Cross-entropy to a Gaussian of width `smoothing` bins around the right bin, mean over tokens.
 
-    logits [B, T, n_bins], targets int64 [B, T]; every seventh token is the gripper's, with its own weight.
+    logits [B, T, n_bins], targets int64 [B, T]; every seventh token is the gripper's, with its own weight. value_weight: of
+    |mean bin - right bin| in shares of full scale, whose gradient tells far from near, which the cross-entropy does not.
     """
     bins = torch.arange(logits.shape[-1])
     soft = torch.softmax(-((bins - targets[..., None]) ** 2) / (2 * smoothing**2), -1)
-    losses = -(soft * torch.log_softmax(logits, -1)).sum(-1)
+    chance = torch.log_softmax(logits.float(), -1)
+    losses = -(soft * chance).sum(-1)
+    if value_weight:
+        mean = (chance.exp() * bins).sum(-1)
+        losses = losses + value_weight * (mean - targets).abs() / (len(bins) / 2)
     weight = torch.ones(7)
     weight[6] = gripper_weight
     weight = weight.repeat(targets.shape[1] // 7)

@@ -116,11 +116,13 @@ class PolicyTraining(Common):
     """`kind: policy`. demonstrations, held_out: recordings of `steer data record`, below the data directory.
 
     vision: folder of vision weights, beside this file or absolute; the tower stays frozen. start: a finished policy to
-    go on from. state_tokens, chunk: of the policy; parallel: its action tokens are decoded in one forward. tell: chance
+    go on from. state_tokens, chunk: of the policy; parallel: its action tokens are decoded in one forward. others: further labels of a sample
+    in a step. tell: chance
     that a prompt says a manner that it could say. seen_share: of samples with pictures that are shown as the tower sees
     them, others exactly but for sight_noise (m). smoothing: width of the action targets in bins. embedding_noise:
     standard deviation of the noise on all embeddings, in units of the word embeddings' own; state_noise: on normalised
-    proprioception. gripper_weight: of the gripper's token in the loss; word_weight: of the said words.
+    proprioception. gripper_weight: of the gripper's token in the loss; word_weight: of the said words;
+    value_weight: see `policy.action_loss`.
     """
 
     kind: Literal["policy"]
@@ -134,6 +136,7 @@ class PolicyTraining(Common):
     state_tokens: Positive = 1
     chunk: Positive = 4
     parallel: bool = True
+    others: Positive = 3
     tell: Share = 0.6
     seen_share: Share = 0.8
     sight_noise: Weight = 0.01
@@ -142,6 +145,7 @@ class PolicyTraining(Common):
     state_noise: Weight = 0.02
     gripper_weight: Weight = 1.0
     word_weight: Weight = 0.2
+    value_weight: Weight = 2.0
 
     @field_validator("language_model")
     @classmethod

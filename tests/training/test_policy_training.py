@@ -21,7 +21,7 @@ from sim.training.assembly import PROMPT, go_on, initialise, write_policy
 from sim.training.demonstration_data import DemonstrationData, load_demonstrations, statistics
 from sim.training.distillation import distillation_loss, kept, label_survival, teach
 from sim.training.low_rank import adapt, merge
-from sim.training.policy import PolicyNet, PolicySubject, action_loss, disturbed, word_loss, word_weights
+from sim.training.policy import Branch, PolicyNet, PolicySubject, action_loss, disturbed, word_loss, word_weights
 from sim.training.settings import Distillation, PolicyTraining
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
@@ -139,14 +139,13 @@ def test_a_training_forward_equals_decoding(data: DemonstrationData, parallel: b
         decoded = model.decode(pixels, torch.tensor([short]), state=states)
         said = torch.tensor([[slot.ids.index(w) for slot, w in zip(SLOT_WORDS, decoded.said, strict=True)]])
         seen, targets = model.heatmap(pixels), (decoded.tokens - net.low)[None]
-        words, padded = net(
-            seen.expand(2, -1, -1), states.expand(2, -1), [short, long], said.expand(2, -1), targets.expand(2, -1)
-        )
-        _, first = net(seen, states, [short], said, targets[:, :7])
+        both = Branch([short, long], said.expand(2, -1), targets.expand(2, -1))
+        one = Branch([long, short], said.expand(2, -1), targets[:, :7].expand(2, -1))
+        (words, padded), (_, first) = net(seen.expand(2, -1, -1), states.expand(2, -1), [both, one])
     torch.testing.assert_close(padded[0], decoded.logits[:, net.low : 320], atol=2e-4, rtol=1e-4)
     for ours, theirs in zip(words, decoded.told, strict=True):
         torch.testing.assert_close(ours[0], theirs, atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(first[0], padded[0, :7], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(first[1], padded[0, :7], atol=2e-4, rtol=1e-4)
     assert not torch.allclose(padded[0], padded[1], atol=1e-3)
 
 
@@ -229,16 +228,16 @@ def test_resuming_with_another_configuration_is_refused(data: DemonstrationData,
 def test_the_finished_policy_loads_and_acts_as_it_was_trained(data: DemonstrationData, tmp_path: Path) -> None:
     lm = {"layers": (0, 1, 2), "mode": "low_rank", "rank": 4}
     subject, _ = run(data, tmp_path / "run", language_model=lm)
-    shown = (data.exact[:1], data.states[:1], [[1, 5, 6, 7]], data.manners[:1], subject._rows["train"][:1].flatten(1))
+    branch = Branch([[1, 5, 6, 7]], data.manners[:1], subject._rows["train"][:1].flatten(1))
     with torch.no_grad():
         subject.net.eval()
-        before_words, before = subject.net(*shown)
+        ((before_words, before),) = subject.net(data.exact[:1], data.states[:1], [branch])
     model = subject.net.settle()
     tokenizer = fabricate.tiny_tokenizer()
     write_policy(model, tmp_path / "policy", subject.table, {}, tokenizer=tokenizer, dtype=torch.float32)
     loaded, _ = load_checkpoint(tmp_path / "policy")
     with torch.no_grad():
-        after_words, after = PolicyNet(loaded, settings())(*shown)
+        ((after_words, after),) = PolicyNet(loaded, settings())(data.exact[:1], data.states[:1], [branch])
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after_words, before_words, atol=1e-4, rtol=1e-4)
     policy = OpenVLAPolicy.from_checkpoint(tmp_path / "policy", "libero_object")
