@@ -191,7 +191,7 @@ def _optimiser(settings: Common, subject: Subject) -> torch.optim.Optimizer:
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((subject.rate(name), decay), []).append(parameter)
     listed = [{"params": p, "share": share, "weight_decay": decay} for (share, decay), p in groups.items()]
-    return torch.optim.AdamW(listed, lr=settings.learning_rate, betas=settings.betas)
+    return torch.optim.AdamW(listed, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 
 def _settle(settings: Common, subject: Subject, folder: Path) -> None:
