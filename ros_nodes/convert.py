@@ -269,9 +269,9 @@ def active_to_msg(active: Any) -> ActiveDirectionMsg:
 
 
 def chunk_to_msg(
-    chunk: ActionChunk, *, instance_id: str, session_id: str, stamp_ns: int, trained: bool
+    chunk: ActionChunk, *, instance_id: str, session_id: str, stamp_ns: int, trained: bool, said: Sequence[str] = ()
 ) -> ActionChunkMsg:
-    """A chunk, stamped by the inference loop, as a message. actions: float32 [T, dims]."""
+    """A chunk, stamped by the inference loop, as a message. actions: float32 [T, dims]. said: the policy's words."""
     rows, dims = chunk.actions.shape
     message = ActionChunkMsg(
         header=Header(stamp=time_from_ns(stamp_ns), frame_id=chunk.space.frame),
@@ -287,6 +287,7 @@ def chunk_to_msg(
         dims=dims,
         rate_hz=float(chunk.space.rate_hz),
         trained=trained,
+        said=[clean_text(word.strip(), 128) for word in said],
     )
     message.data.frombytes(np.ascontiguousarray(chunk.actions, dtype=np.float32).tobytes())
     return message

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ros_nodes.demo_config import CommandSpec, DemoConfig, DirectionSpec, default_config, read_config
+from ros_nodes.demo_config import AxisSpec, CommandSpec, DemoConfig, DirectionSpec, default_config, read_config
 from ros_nodes.domain import free_domain
 from steer_runtime.errors import SteerError
 
@@ -37,21 +38,27 @@ if TYPE_CHECKING:  # ROS, torch and the simulator take seconds to import and are
 START_S = 240.0
 """Limit for building a scene, loading a policy and discovery, all at once on two busy cores."""
 STEP_S = 60.0
-"""Limit for one control step, which takes under a second."""
+"""Limit for one inference and the control steps of its chunk, which take about a second."""
 EXIT_NOT_APPLIED = 1
 
 
 def demo(
-    config: Annotated[Path | None, typer.Option(help="Demo file; default: configs/demo.yaml.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Demo file; default: configs/demo.yaml, without its policy demo-untrained.yaml.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Another policy than the demo file's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report, the record and the logs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Control steps of the episode.", min=2, max=1000)] = None,
 ) -> None:
     """Steer one real LIBERO episode over ROS 2 and write the evidence to report.html; exit code 1 if a command failed.
 
-    Examples:  steer demo  ·  steer demo --out /tmp/demo  ·  steer demo --config configs/demo.yaml
+    Examples:  steer demo  ·  steer demo --out /tmp/demo  ·  steer demo --config configs/demo-untrained.yaml
     """
-    wanted = read_config(config or default_config())
-    changes = {key: value for key, value in (("out", out), ("steps", steps)) if value is not None}
+    chosen = config or default_config()
+    wanted = read_config(chosen)
+    given = (("out", out), ("steps", steps), ("policy", policy))
+    changes = {key: value for key, value in given if value is not None}
+    print(f"demo of {policy or wanted.policy} ({chosen})", file=sys.stderr)
     report, faults = run_demo(wanted.changed(changes))
     print(f"report: {report}")
     if faults:
@@ -146,16 +153,16 @@ class _Run:
                 with self.stages.stage("starting robot and policy node"):
                     self._wait_until_acting(children, client, recorder)
                 with self.stages.stage("episode", self.config.steps) as advance:
-                    sent = self._run_episode(children, client, recorder, directions, axes, advance)
+                    sent, unsent = self._run_episode(children, client, recorder, directions, axes, advance)
             children.stop("policy")
             children.stop("robot")
-        steps = self._steps(recorder)
+        shown = self._shown(recorder)
         conditions = _conditions(sent)
-        count = 2 * min(self.config.observations, len(steps)) * (1 + len(conditions))
+        count = 2 * min(self.config.observations, len(shown)) * (1 + len(conditions))
         with self.stages.stage("replaying without and with steering", count) as advance:
-            replay = self._replay(policy, directions, axes, recorder, steps, conditions, advance)
+            replay = self._replay(policy, directions, axes, recorder, shown, conditions, advance)
         with self.stages.stage("drawing the report"):
-            record = self._record(policy, directions, recorder, steps, sent, replay)
+            record = self._record(policy, directions, recorder, shown, sent, unsent, replay)
             episode.save(record, self.out / "episode")
             path = report.render(record, self.out / "report.html")
         return path, record.faults
@@ -165,7 +172,8 @@ class _Run:
     def _start_robot(self, children: Children) -> None:
         config = self.config
         task = {"suite": config.suite, "task_id": config.task_id, "init_state_index": config.init_state_index}
-        children.start("robot", "ros_nodes.libero_robot_node", {**task, "mode": "lockstep", "action_timeout_s": STEP_S})
+        running = {"mode": "lockstep", "action_timeout_s": STEP_S, "after_success": config.after_success}
+        children.start("robot", "ros_nodes.libero_robot_node", {**task, **running})
 
     def _load_policy(self) -> Any:
         import torch
@@ -190,8 +198,11 @@ class _Run:
             cache = LabelCache(self.config.labels, notice=lambda sentence: print(sentence, file=sys.stderr))
             labels = cache.labels(TokenBasis.of(policy), policy.towers["lm"], policy.model_hash)
         store = DirectionStore(self.store)
-        directions = tuple(_find(spec, policy, labels) for spec in self.config.directions)
-        axes = tuple(Axis(spec.name, spec.negative, spec.positive) for spec in self.config.axes)
+        found = [_find(spec, policy, labels) for spec in self.config.directions]
+        for spec in self.config.axes:
+            found += _ends(spec, policy) if spec.form is not None else ()
+        directions = tuple(found)
+        axes = tuple(Axis(spec.name, *_end_names(spec)) for spec in self.config.axes)
         for direction in directions:
             store.save(direction)
         for axis in axes:
@@ -233,35 +244,41 @@ class _Run:
         directions: Sequence[Direction],
         axes: Sequence[Axis],
         advance: Any,
-    ) -> list[SentCommand]:
+    ) -> tuple[list[SentCommand], list[CommandSpec]]:
+        """Send each command at its moment until the episode is over; those whose moment did not come are second."""
         pending = list(self.config.commands)
         sent: list[SentCommand] = []
-        seen = 0
-        while seen < self.config.steps:
-            if not recorder.wait(lambda before=seen: len(recorder.actions) > before, STEP_S):  # type: ignore[misc]
+        while recorder.commanded < self.config.steps and recorder.end is None:
+            inferences = len(recorder.actions)
+            if not recorder.wait(lambda n=inferences: len(recorder.actions) > n or recorder.end is not None, STEP_S):  # type: ignore[misc]
                 children.check()
                 raise SteerError(
-                    "no_action", f"no action came for {STEP_S:g} s after {seen} steps; see {self.out / 'logs'}"
+                    "no_action",
+                    f"no action came for {STEP_S:g} s after {recorder.commanded} control steps; see {self.out / 'logs'}",
                 )
-            seen = len(recorder.actions)
-            advance(min(seen, self.config.steps))
-            while pending and pending[0].at <= seen:
-                sent.append(_send(client, pending.pop(0), seen, directions, axes))
-        last = recorder.actions[self.config.steps - 1].observation_ns
-        recorder.wait(lambda: max(recorder.observations, default=0) > last, STEP_S)
-        return sent
+            advance(min(recorder.commanded, self.config.steps))
+            for spec in [spec for spec in pending if recorder.end is None and _is_due(spec, recorder)]:
+                pending.remove(spec)
+                sent.append(_send(client, spec, recorder.commanded, directions, axes))
+        last = recorder.actions[self._inferences(recorder) - 1].observation_ns
+        recorder.wait(lambda: recorder.end is not None or max(recorder.observations, default=0) > last, STEP_S)
+        return sent, pending
 
-    def _steps(self, recorder: Recorder) -> list[int]:
-        """Indices of the actions whose observation was recorded in full: the steps that the record shows."""
-        actions = recorder.actions[: self.config.steps]
-        steps = [i for i, action in enumerate(actions) if action.observation_ns in recorder.observations]
-        if len(steps) < 0.9 * len(actions):
+    def _inferences(self, recorder: Recorder) -> int:
+        """How many of the recorded inferences belong to the demo: those that begin before its last control step."""
+        return sum(action.step < self.config.steps for action in recorder.actions)
+
+    def _shown(self, recorder: Recorder) -> list[int]:
+        """Indices of the inferences whose observation was recorded in full: those that the record shows."""
+        actions = recorder.actions[: self._inferences(recorder)]
+        shown = [i for i, action in enumerate(actions) if action.observation_ns in recorder.observations]
+        if len(shown) < 0.9 * len(actions):
             raise SteerError(
                 "frames_lost",
-                f"{len(actions) - len(steps)} of {len(actions)} frames did not reach the recorder "
+                f"{len(actions) - len(shown)} of {len(actions)} frames did not reach the recorder "
                 f"({dict(recorder.problems)}); run the demo on a less busy machine",
             )
-        return steps
+        return shown
 
     # -- after the episode --------------------------------------------------------------------------------------------
 
@@ -271,23 +288,27 @@ class _Run:
         directions: Sequence[Direction],
         axes: Sequence[Axis],
         recorder: Recorder,
-        steps: Sequence[int],
+        shown: Sequence[int],
         conditions: Mapping[str, Mapping[str, float]],
         advance: Any,
     ) -> tuple[list[int], BeforeAfter]:
         from sim.before_after import before_after
 
-        chosen = _spread(len(steps), self.config.observations)
-        observations = [recorder.observations[recorder.actions[steps[i]].observation_ns] for i in chosen]
-        return chosen, before_after(policy, directions, axes, observations, conditions, advance)
+        chosen = _spread(len(shown), self.config.observations)
+        observations = [recorder.observations[recorder.actions[shown[i]].observation_ns] for i in chosen]
+        # The gripper begins open, and a chunk leaves it as its last action commands.
+        before = [policy.action_space.gripper_open] + [float(chunk[-1, 6]) for chunk in recorder.chunks]
+        grippers = [before[shown[i]] for i in chosen]
+        return chosen, before_after(policy, directions, axes, observations, grippers, conditions, advance)
 
     def _record(
         self,
         policy: Any,
         directions: Sequence[Direction],
         recorder: Recorder,
-        steps: Sequence[int],
+        shown: Sequence[int],
         sent: Sequence[SentCommand],
+        unsent: Sequence[CommandSpec],
         replay: tuple[list[int], BeforeAfter],
     ) -> EpisodeRecord:
         import numpy as np
@@ -296,11 +317,17 @@ class _Run:
         from sim.outcomes import outcomes
 
         chosen, table = replay
-        # The last action may be under way when the nodes are ended; what comes after the episode is not part of it.
-        inferences = {action.inference for action in recorder.actions[: self.config.steps]}
+        # The last inference may be under way when the nodes are ended; what comes after the episode is not part of it.
+        count = self._inferences(recorder)
+        actions = recorder.actions[:count]
+        inferences = {action.inference for action in actions}
         trace = tuple(r for r in _read_trace(self.trace_path) if r["inference_id"] in inferences)
-        shown = [recorder.actions[i] for i in steps]
-        observations = [recorder.observations[action.observation_ns] for action in shown]
+        observations = [recorder.observations[recorder.actions[i].observation_ns] for i in shown]
+        executed = np.concatenate(recorder.chunks[:count])
+        if recorder.end is not None:
+            # The last chunk may be longer than the episode; held steps are no actions.
+            executed = executed[: max(1, recorder.end[1] - recorder.hold_steps)]
+        said = tuple(recorder.said[i] for i in shown)
         facts = EpisodeFacts(
             policy=policy.name,
             trained=policy.trained,
@@ -312,12 +339,15 @@ class _Run:
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             success=recorder.success,
             hold_steps=recorder.hold_steps,
-            missing_frames=self.config.steps - len(steps),
+            missing_frames=count - len(shown),
             versions=_versions(self.gl),
             directions=tuple(_steered_by(direction) for direction in directions),
-            commands=outcomes(sent, recorder.actions[: self.config.steps], sorted(recorder.observations), trace),
+            commands=outcomes(sent, actions, sorted(recorder.observations), trace),
+            unsent=tuple(f"{spec.label} ({spec.moment})" for spec in unsent),
             trace=trace,
             conditions=table.conditions,
+            said=said if any(said) else (),
+            condition_said=table.said if any(said) else (),
             timings=dict(self.stages.seconds),
         )
         return EpisodeRecord(
@@ -325,11 +355,12 @@ class _Run:
             agentview=np.stack([o.images["agentview"] for o in observations]),
             wrist=np.stack([o.images["wrist"] for o in observations]),
             state=np.stack([o.state for o in observations]),
-            action=np.stack([recorder.rows[i] for i in steps]),
-            inference=np.array([action.inference for action in shown], np.int64),
-            sequence=np.array([action.sequence for action in shown], np.int64),
-            age_s=np.array([recorder.ages_s[i] for i in steps], np.float64),
-            before_after_step=np.array(chosen, np.int64),
+            step=np.array([actions[i].step for i in shown], np.int64),
+            inference=np.array([actions[i].inference for i in shown], np.int64),
+            sequence=np.array([actions[i].sequence for i in shown], np.int64),
+            age_s=np.array([recorder.ages_s[i] for i in shown], np.float64),
+            action=executed,
+            replayed=np.array(chosen, np.int64),
             actions=table.actions,
             tokens=table.tokens,
             bins=table.bins,
@@ -351,6 +382,43 @@ def _find(spec: DirectionSpec, policy: Any, labels: Any) -> Direction:
     return finders.dense_from_words(
         identity, recipe, TokenBasis.of(policy), spec.dense, spec.minus, embedding=embedding
     )
+
+
+def _end_names(spec: AxisSpec) -> tuple[str, str]:
+    """Names of the negative and the positive direction of an axis."""
+    return (spec.negative, spec.positive) if spec.form is None else (f"{spec.name}-negative", f"{spec.name}-positive")
+
+
+def _ends(spec: AxisSpec, policy: Any) -> tuple[Direction, Direction]:
+    """Both directions of an axis, as `steer eval axis` makes them."""
+    from sim.evaluation import axis_directions as making
+
+    assert spec.form is not None
+    wanted = making.AxisSpec(
+        name=spec.words or spec.name,
+        form=spec.form,
+        span=making.span_of(spec.span, spec.form),
+        layers=spec.layers,
+        count=spec.count,
+        alpha=spec.alpha,
+        site=spec.site,
+        size=spec.norm,
+    )
+    basis = making.basis_of(policy, wanted.name)
+    (draw,) = making.make(policy, wanted, basis, 0, 0)
+    positive, negative = basis.used["positive"], basis.used["negative"]
+    out = []
+    for name, direction, words in zip(
+        _end_names(spec), (draw.negative, draw.positive), ((negative, positive), (positive, negative)), strict=True
+    ):
+        facts = {**direction.provenance, "positive": list(words[0]), "negative": list(words[1])}
+        out.append(replace(direction, name=name, provenance=facts))
+    return out[0], out[1]
+
+
+def _is_due(spec: CommandSpec, recorder: Recorder) -> bool:
+    begin = 0 if spec.since == "start" else recorder.grasped_at
+    return begin is not None and recorder.commanded >= begin + spec.at
 
 
 def _send(

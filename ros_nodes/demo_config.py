@@ -1,6 +1,7 @@
 """What a demo does, as a YAML file: policy, task, directions to find, commands to publish.
 
-Invariant: unknown keys and commands that could not be seen to work are refused before anything starts.
+Invariant: unknown keys and commands that could not be seen to work are refused before anything starts. Moments are
+control steps, however many of them an inference commands.
 """
 
 from __future__ import annotations
@@ -35,21 +36,43 @@ class DirectionSpec(BaseModel):
 
 
 class AxisSpec(BaseModel):
-    """Two directions under one name."""
+    """Two directions under one name: given ones, or made as `steer eval axis` makes them, with its options.
+
+    words: the axis of `steer eval axis` whose words are used, by default `name`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    negative: str
-    positive: str
+    negative: str = ""
+    positive: str = ""
+    form: Literal["neurons", "dense"] | None = None
+    words: str = ""
+    span: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    count: int = 20
+    alpha: float = 4.0
+    site: int = 0
+    norm: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AxisSpec:
+        named = bool(self.negative) and bool(self.positive)
+        if named == (self.form is not None) or bool(self.negative) != bool(self.positive):
+            raise ValueError("give either negative and positive, or form")
+        if self.form == "neurons" and not self.layers:
+            raise ValueError("an axis of neurons needs layers")
+        return self
 
 
 class CommandSpec(BaseModel):
-    """A command, published when `at` actions have been seen. Exactly one of set, clear, clear_all."""
+    """A command, published as soon as `at` control steps are commanded: of the episode, or since the gripper was first
+    told to close. Exactly one of set, clear, clear_all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     at: int = Field(ge=1)
+    since: Literal["start", "grasp"] = "start"
     set_: str | None = Field(default=None, alias="set")
     clear: str | None = None
     clear_all: bool = False
@@ -64,6 +87,11 @@ class CommandSpec(BaseModel):
         return self
 
     @property
+    def moment(self) -> str:
+        """When it is due, for people."""
+        return f"{self.at} control steps after the {self.since}"
+
+    @property
     def label(self) -> str:
         """What an operator would say."""
         if self.set_ is None:
@@ -73,7 +101,9 @@ class CommandSpec(BaseModel):
 
 
 class DemoConfig(BaseModel):
-    """A file such as configs/demo.yaml. steps: control steps. observations: how many of them are replayed after."""
+    """A file such as configs/demo.yaml. steps: control steps, at most; after_success: so many follow success, and the
+    episode is over. observations: how many of the inferences are replayed afterwards.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -82,11 +112,12 @@ class DemoConfig(BaseModel):
     task_id: int = 0
     init_state_index: int = 0
     steps: int = Field(70, ge=2, le=1000)
+    after_success: int = Field(0, ge=0, le=1000)
     observations: int = Field(10, ge=1, le=100)
     torch_threads: int = Field(1, ge=1, le=64)
     out: Path = Path("out/demo")
     labels: Path = Path("build/labels")
-    directions: tuple[DirectionSpec, ...]
+    directions: tuple[DirectionSpec, ...] = ()
     axes: tuple[AxisSpec, ...] = ()
     commands: tuple[CommandSpec, ...]
 
@@ -101,9 +132,10 @@ class DemoConfig(BaseModel):
 
     @model_validator(mode="after")
     def _commands_in_order(self) -> DemoConfig:
-        moments = [command.at for command in self.commands]
-        if moments != sorted(moments) or (moments and moments[-1] > self.steps - 4):
-            raise ValueError("commands must be in order of `at`, the last one at least 4 steps before the end")
+        for since in ("start", "grasp"):
+            moments = [command.at for command in self.commands if command.since == since]
+            if moments != sorted(moments) or (moments and moments[-1] > self.steps - 4):
+                raise ValueError("commands must be in order of `at`, the last one at least 4 steps before the end")
         return self
 
 
@@ -120,14 +152,28 @@ def read_config(path: Path) -> DemoConfig:
 
 
 def default_config() -> Path:
-    """configs/demo.yaml of the source tree or the share directory. Raises SteerError('no_demo_config')."""
+    """The demo of the trained policy, or that of the untrained one where the trained checkpoint is not installed.
+
+    Raises SteerError('no_demo_config').
+    """
+    from steer_runtime.policies.registry import policy_configs, read_policy_file
+
+    trained = config_named("demo")
+    path = policy_configs().get(read_config(trained).policy)
+    if path is not None and (path.parent / read_policy_file(path).checkpoint / "config.json").is_file():
+        return trained
+    return config_named("demo-untrained")
+
+
+def config_named(name: str) -> Path:
+    """configs/<name>.yaml of the source tree or the share directory. Raises SteerError('no_demo_config')."""
     places = (
-        Path(__file__).resolve().parents[1] / "configs" / "demo.yaml",
-        Path(sysconfig.get_path("data")) / "share" / "steer_runtime" / "configs" / "demo.yaml",
+        Path(__file__).resolve().parents[1] / "configs" / f"{name}.yaml",
+        Path(sysconfig.get_path("data")) / "share" / "steer_runtime" / "configs" / f"{name}.yaml",
     )
     for place in places:
         if place.is_file():
             return place
     raise SteerError(
-        "no_demo_config", f"no demo.yaml in {places[0].parent} or {places[1].parent}; give one with --config"
+        "no_demo_config", f"no {name}.yaml in {places[0].parent} or {places[1].parent}; give one with --config"
     )

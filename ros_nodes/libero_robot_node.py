@@ -19,6 +19,9 @@ class LiberoParameters:
     task_id: int = parameter(0, "task of the suite", low=0, high=1000)
     init_state_index: int = parameter(0, "initial state of the task", low=0, high=1000)
     camera_size: int = parameter(256, "pixels of both sides of both cameras", low=16, high=1024)
+    after_success: int = parameter(
+        0, "control steps that an episode goes on after success; 0 is the benchmark's protocol", low=0, high=1000
+    )
     seed: int = parameter(0, "seed of the simulator's placement sampler", low=0, high=2**31 - 1)
 
 
@@ -33,7 +36,12 @@ class LiberoRobotNode(RobotNode):
     def _make_robot(self) -> Robot:
         task = self._task
         return LiberoRobot(
-            task.suite, task.task_id, task.init_state_index, camera_size=task.camera_size, seed=task.seed
+            task.suite,
+            task.task_id,
+            task.init_state_index,
+            camera_size=task.camera_size,
+            seed=task.seed,
+            after_success=task.after_success,
         )
 
 

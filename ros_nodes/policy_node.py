@@ -509,6 +509,8 @@ class PolicyNode(LifecycleNode):
             session_id=description.session_id,
             stamp_ns=time.time_ns(),
             trained=loaded.policy.trained,
+            # Of this very inference: its thread is the one that calls here. Other policies say nothing.
+            said=getattr(loaded.policy, "said", ()),
         )
         self._action_pub.publish(message)
         self._last_sent = (time.monotonic(), message)

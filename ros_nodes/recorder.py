@@ -1,6 +1,7 @@
-"""Everything a robot shows and a policy answers on their topics, kept in memory.
+"""Everything a robot shows and a policy answers in one episode, kept in memory.
 
-Invariant: an observation and the action it led to are joined by the observation's stamp, never by order of arrival.
+Invariants: an observation and the chunk it led to are joined by the observation's stamp, never by order of arrival; what
+belongs to a later episode is not kept. Control steps are counted by rows of chunks, inferences by chunks.
 """
 
 from __future__ import annotations
@@ -48,17 +49,20 @@ DEEP_SENSOR = QoSProfile(
 
 
 class Recorder:
-    """Records one robot session, on a thread and a ROS context of its own. Use it as a context manager.
+    """Records a session's first episode, on a thread and a ROS context of its own. Use it as a context manager.
 
-    observations: by stamp (ns). actions, rows: as received, in order; rows[i] is float32 [7], the first of the chunk.
+    observations: by stamp (ns). actions, chunks, said, ages_s: one an inference, as received, in order; chunks[i] is float32 [T, 7],
+    said[i] the policy's words. end: stamp (ns) and control steps of the episode's end, None while it runs.
     """
 
     def __init__(self, namespace: str = "/steer", *, domain_id: int | None = None) -> None:
         self.observations: dict[int, Observation] = {}
         self.actions: list[SeenAction] = []
-        self.rows: list[np.ndarray] = []
+        self.chunks: list[np.ndarray] = []
+        self.said: list[tuple[str, ...]] = []
         self.ages_s: list[float] = []
         self.success = False
+        self.end: tuple[int, int] | None = None
         self.hold_steps = 0
         self.refused: Counter[str] = Counter()
         self._changed = threading.Condition()
@@ -86,6 +90,20 @@ class Recorder:
         """Wait until `ready`, looked at after every message; False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(ready, timeout)
+
+    @property
+    def commanded(self) -> int:
+        """Control steps that the recorded chunks are long, all together."""
+        return self.actions[-1].step + self.actions[-1].rows if self.actions else 0
+
+    @property
+    def grasped_at(self) -> int | None:
+        """Control step of the first command to close the gripper, None before it."""
+        for action, chunk in zip(self.actions, self.chunks, strict=True):
+            closing = np.flatnonzero(chunk[:, 6] > 0)
+            if len(closing):
+                return action.step + int(closing[0])
+        return None
 
     def close(self) -> None:
         """Leave the network. Safe to call twice."""
@@ -155,14 +173,20 @@ class Recorder:
             self._keep(self._assembler.pose(message))
 
     def _keep(self, observation: Observation | None) -> None:
-        if observation is not None:
+        if observation is not None and not self._is_over(observation.stamp_ns):
             self.observations[observation.stamp_ns] = observation
 
     def _on_actions(self, message: ActionChunkMsg) -> None:
         if self._description is None:
             return
         chunk = chunk_from_msg(message, self._description.space)
-        self.rows.append(chunk.actions[0])
+        # An answer is published again for a robot that has not heard it.
+        again = bool(self.actions) and self.actions[-1].observation_ns == chunk.observation_stamp_ns
+        if again or self._is_over(chunk.observation_stamp_ns):
+            return
+        step = self.commanded
+        self.chunks.append(chunk.actions)
+        self.said.append(tuple(message.said))
         self.ages_s.append(chunk.age_s)
         self.actions.append(
             SeenAction(
@@ -172,12 +196,23 @@ class Recorder:
                 epoch=chunk.steering.epoch,
                 sequence=chunk.steering.sequence,
                 observation_ns=chunk.observation_stamp_ns,
+                step=step,
+                rows=len(chunk.actions),
             )
         )
 
     def _on_episode(self, message: EpisodeStatus) -> None:
+        stamp_ns = ns_from_time(message.header.stamp)
+        if self._is_over(stamp_ns):
+            return
         self.success = self.success or message.success
         self.hold_steps = message.hold_steps
+        if message.done and self.end is None:
+            self.end = stamp_ns, message.step
+
+    def _is_over(self, stamp_ns: int) -> bool:
+        """Whether this moment of the robot's clock lies behind the episode."""
+        return self.end is not None and stamp_ns > self.end[0]
 
     @property
     def problems(self) -> Mapping[str, int]:

@@ -78,7 +78,9 @@ class Robot(Protocol):
     @property
     def action_space(self) -> ActionSpace: ...
     def reset(self) -> Frame: ...
-    def step(self, action: np.ndarray, /) -> Frame: ...
+    def step(self, action: np.ndarray, /, *, draw: bool = True) -> Frame:
+        """draw: False allows a frame without images; nobody is shown it."""
+
     def close(self) -> None: ...
 
 
@@ -91,7 +93,13 @@ class RobotParameters:
         "lockstep: wait for the answer to each frame; free: run on the wall clock",
         choices=("lockstep", "free"),
     )
-    replan_steps: int = parameter(1, "rows of a chunk to execute before the next frame (lockstep)", low=1, high=100)
+    replan_steps: int = parameter(
+        0,
+        "rows of a chunk to execute before the next frame (lockstep); 0 is the whole chunk, and less puts a policy that "
+        "remembers the gripper command at its chunk's end out of step with its gripper",
+        low=0,
+        high=100,
+    )
     rate_hz: float = parameter(20.0, "control steps a second on the wall clock (free)", low=0.1, high=1000.0)
     action_timeout_s: float = parameter(
         10.0, "wait for the answer to a frame, then hold (lockstep)", low=0.01, high=600.0
@@ -244,7 +252,7 @@ class RobotNode(Node):
     def _execute(self, action: np.ndarray, *, show: bool = True) -> None:
         assert self._robot is not None
         try:
-            frame = self._robot.step(action)
+            frame = self._robot.step(action, draw=show)
         except SteerError as error:
             self.complaints.refuse(error)
             return
@@ -300,7 +308,7 @@ class RobotNode(Node):
         if not lockstep:
             self._chunk = _Chunk(chunk, time.monotonic())
             return
-        rows = chunk.actions[: self._settings.replan_steps]
+        rows = chunk.actions[: self._settings.replan_steps or None]
         for index, row in enumerate(rows):
             self._execute(row, show=index == len(rows) - 1)
             if self._frame is None:

@@ -1,6 +1,7 @@
 """Actions of one policy on recorded observations, without and with steering.
 
-Invariant: every condition sees the same observations through the same engine; the first condition is steering off.
+Invariant: every condition sees the same observations, with the gripper as it was told then, through the same engine; the
+first condition is steering off. What is compared is the first action of each chunk.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sim.policy_actor import tell_gripper
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.steering.offline import OfflineSteering
 from steer_runtime.types import Observation, Policy
@@ -26,13 +28,17 @@ class TokenPolicy(Policy, Protocol):
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """C conditions on O observations; see EpisodeRecord for the arrays. tokens: the most probable action token."""
+    """C conditions on O observations; see EpisodeRecord for the arrays. tokens: the most probable action token.
+
+    said: the policy's words, by condition and observation; without words where it says none.
+    """
 
     conditions: tuple[str, ...]
     actions: np.ndarray
     tokens: np.ndarray
     bins: np.ndarray
     bin_values: np.ndarray
+    said: tuple[tuple[tuple[str, ...], ...], ...]
 
 
 def before_after(
@@ -40,11 +46,13 @@ def before_after(
     directions: Sequence[Direction],
     axes: Sequence[Axis],
     observations: Sequence[Observation],
+    grippers: Sequence[float],
     conditions: Mapping[str, Mapping[str, float]],
     progress: Callable[[int], None] = lambda done: None,
 ) -> BeforeAfter:
     """Run every condition (name -> target -> strength) and, before them, "off".
 
+    grippers: the gripper command before each observation, -1 open or +1 close; policies that remember it are told.
     progress hears how many inferences are done of 2 (C + 1) O. Raises SteerError for a refused strength.
     """
     values = policy.action_token_values()
@@ -54,23 +62,31 @@ def before_after(
     actions = np.zeros(shape, np.float32)
     tokens = np.zeros(shape, np.int64)
     bins = np.zeros((*shape, len(ids)), np.float32)
+    said: list[tuple[tuple[str, ...], ...]] = []
     done = 0
     with OfflineSteering(policy, directions, axes) as steering:
         for c, strengths in enumerate(all_conditions.values()):
             steering.set(strengths)
-            for o, observation in enumerate(observations):
+            words = []
+            for o, (observation, gripper) in enumerate(zip(observations, grippers, strict=True)):
+                tell_gripper(policy, gripper)
                 chunk, _ = steering.run(lambda seen=observation: policy.infer(seen))  # type: ignore[misc]
+                words.append(tuple(word.strip() for word in getattr(policy, "said", ())))
+                # The inference has moved the remembered command on to the end of its chunk.
+                tell_gripper(policy, gripper)
                 logits, _ = steering.run(lambda seen=observation: policy.logits(seen))  # type: ignore[misc]
-                action_logits = logits.float()[:, ids]
+                action_logits = logits.float()[: policy.action_space.dims, ids]
                 actions[c, o] = chunk.actions[0]
                 tokens[c, o] = np.asarray(ids)[action_logits.argmax(dim=-1).cpu().numpy()]
                 bins[c, o] = torch.softmax(action_logits, dim=-1).cpu().numpy()
                 done += 2
                 progress(done)
+            said.append(tuple(words))
     return BeforeAfter(
         conditions=tuple(all_conditions),
         actions=actions,
         tokens=tokens,
         bins=bins,
         bin_values=np.array([values[i] for i in ids], np.float32),
+        said=tuple(said),
     )

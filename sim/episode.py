@@ -18,8 +18,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from steer_runtime.errors import SteerError
 
-FORMAT = "steer-episode/1"
+FORMAT = "steer-episode/2"
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+RATE_HZ = 20.0
+"""Control steps a second of LIBERO's robots."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class CommandOutcome:
     Times are wall-clock ns of one machine: published by the operator; verdict received by it; latched by the policy
     node (start of the first inference that carries the command); action received by the operator; executed, the stamp
     of the robot's next frame. None: it did not happen.
-    inferences: actions published from the command until the first one that carries it, that one included.
+    step: control steps commanded before it; first_step: the same for the first inference that carries it.
+    inferences: those published from the command until the first one that carries it, that one included.
     writes: values the engine wrote for the command's direction while the command held, from its trace.
     """
 
@@ -97,7 +100,9 @@ class EpisodeFacts:
 
     trained: False makes every surface say "untrained policy". trace: records of the engine, one an inference, as JSON.
     timings: seconds of each part of the run. success: the task's own check passed. hold_steps: control steps without an
-    action. missing_frames: control steps whose images did not arrive, and which the record leaves out.
+    action. missing_frames: inferences whose images did not arrive, and which the record leaves out. unsent: labels of
+    commands whose moment did not come before the episode's end. said: the policy's words at each of the N inferences,
+    empty tuples where it says none; condition_said: the same by condition and replayed observation, [C][O].
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -118,19 +123,22 @@ class EpisodeFacts:
     commands: tuple[CommandOutcome, ...]
     trace: tuple[Mapping[str, Any], ...]
     conditions: tuple[str, ...] = ()
+    unsent: tuple[str, ...] = ()
+    said: tuple[tuple[str, ...], ...] = ()
+    condition_said: tuple[tuple[tuple[str, ...], ...], ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """Facts and arrays of N control steps.
+    """Facts and arrays of N inferences and the S control steps that they commanded.
 
-    agentview, wrist: uint8 RGB [N, H, W, 3], seen before the action of the step. state: float64 [N, 8].
-    action: float32 [N, 7], executed, in the robot's units. inference, sequence: int64 [N], which inference and which
-    accepted change of steering made the action. age_s: float64 [N], observation received to action ready.
+    agentview, wrist: uint8 RGB [N, H, W, 3], what the inference saw. state: float64 [N, 8]. step: int64 [N], control steps
+    before the inference, rising. inference, sequence: int64 [N], its number and the accepted change of steering in it.
+    age_s: float64 [N], observation received to actions ready. action: float32 [S, 7], executed, in the robot's units.
 
     Before and after, on O of the observations under C conditions (the first is steering off), empty when not computed:
-    before_after_step: int64 [O]. actions: float32 [C, O, 7]. tokens: int64 [C, O, 7].
+    replayed: int64 [O], which of the N. actions: float32 [C, O, 7], the first of each chunk. tokens: int64 [C, O, 7].
     bins: float32 [C, O, 7, B], probabilities of the action bins. bin_values: float32 [B], normalised, rising.
     """
 
@@ -138,11 +146,12 @@ class EpisodeRecord:
     agentview: np.ndarray
     wrist: np.ndarray
     state: np.ndarray
-    action: np.ndarray
+    step: np.ndarray
     inference: np.ndarray
     sequence: np.ndarray
     age_s: np.ndarray
-    before_after_step: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    action: np.ndarray
+    replayed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     actions: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 7), np.float32))
     tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 7), np.int64))
     bins: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 7, 0), np.float32))
@@ -161,14 +170,36 @@ class EpisodeRecord:
                     f"array {name!r} is {array.dtype} {list(array.shape)}: expected {dtype} {list(shape)} with "
                     f"{sizes}; record the episode again",
                 )
+        if (np.diff(self.step) < 1).any() or (self.step < 0).any() or (self.step >= max(1, self.steps)).any():
+            raise SteerError(
+                "bad_record",
+                f"array 'step' does not rise within 0 to {self.steps - 1}: expected one number an inference; record again",
+            )
+        if len(self.facts.said) not in (0, self.inferences):
+            raise SteerError(
+                "bad_record",
+                f"{len(self.facts.said)} inferences said something of {self.inferences}: expected all or none; record again",
+            )
 
     @property
     def steps(self) -> int:
+        """Control steps, S."""
         return len(self.action)
 
     @property
+    def inferences(self) -> int:
+        """Inferences whose frames were recorded, N."""
+        return len(self.inference)
+
+    @property
+    def speed(self) -> np.ndarray:
+        """Mean speed of the hand between consecutive recorded frames, m/s [N - 1]."""
+        way = np.linalg.norm(np.diff(self.state[:, :3], axis=0), axis=1)
+        return way * RATE_HZ / np.diff(self.step)
+
+    @property
     def strengths(self) -> Mapping[str, np.ndarray]:
-        """Direction name -> strength in [0, 1] of each step [N], from the engine's trace; 0 where it did not act."""
+        """Direction name -> strength in [0, 1] at each inference [N], from the engine's trace; 0 where it did not act."""
         by_inference = {record["inference_id"]: record.get("strengths", {}) for record in self.facts.trace}
         return {
             d.name: np.array([by_inference.get(int(i), {}).get(d.id, 0.0) for i in self.inference], dtype=np.float64)
@@ -178,18 +209,21 @@ class EpisodeRecord:
     @property
     def faults(self) -> tuple[str, ...]:
         """A sentence for each command that did not do what it should."""
-        return tuple(f"{c.label}: {c.fault}" for c in self.facts.commands if c.fault is not None)
+        wrong = [f"{c.label}: {c.fault}" for c in self.facts.commands if c.fault is not None]
+        late = f"it was not sent: the episode ended after {self.steps} control steps"
+        return (*wrong, *(f"{label}: {late}" for label in self.facts.unsent))
 
 
 _ARRAYS: Mapping[str, tuple[str, tuple[str | int, ...]]] = {
     "agentview": ("uint8", ("N", "H", "W", 3)),
     "wrist": ("uint8", ("N", "H", "W", 3)),
     "state": ("float64", ("N", 8)),
-    "action": ("float32", ("N", 7)),
+    "step": ("int64", ("N",)),
     "inference": ("int64", ("N",)),
     "sequence": ("int64", ("N",)),
     "age_s": ("float64", ("N",)),
-    "before_after_step": ("int64", ("O",)),
+    "action": ("float32", ("S", 7)),
+    "replayed": ("int64", ("O",)),
     "actions": ("float32", ("C", "O", 7)),
     "tokens": ("int64", ("C", "O", 7)),
     "bins": ("float32", ("C", "O", 7, "B")),

@@ -6,9 +6,10 @@ suite's step limit, success as the task's own check after every step), and depen
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,15 @@ CAMERAS: Mapping[str, str] = {"agentview": "agentview_image", "wrist": "robot0_e
 class RobotFrame:
     """What the robot shows after one control step.
 
-    images: camera -> uint8 RGB [H, W, 3], LIBERO's image turned by 180 degrees, as its policies saw it in training:
-    upright, and the left-right mirror of what the camera sees (LIBERO hands out OpenGL's image upside down).
+    images: camera -> uint8 RGB [H, W, 3], none for a step that was not drawn; LIBERO's image turned by 180 degrees, as
+    its policies saw it in training: upright, and the left-right mirror of what the camera sees (LIBERO hands out OpenGL's
+    image upside down).
     joint_names, joint_positions, joint_velocities: the simulator's 9 joints, 7 of the arm (rad, rad/s), then 2 fingers
     (m, m/s; the second finger's sign is the simulator's, negative when open).
     eef_position [3]: grip site in the world frame, m. eef_quaternion [4]: x, y, z, w.
     gripper_qpos [2]: finger positions, m. state float64 [8]: eef_position, axis-angle (rad), gripper_qpos.
     step: control steps since the settled start. success: the task's check has passed at this step or before.
-    done: success, or the suite's step limit is reached.
+    done: success was `after_success` steps ago, or the suite's step limit is reached.
     """
 
     images: Mapping[str, np.ndarray]
@@ -73,11 +75,13 @@ class LiberoRobot:
         camera_size: int = 256,
         seed: int = 0,
         max_steps: int | None = None,
+        after_success: int = 0,
     ) -> None:
         """Look the task up; nothing is rendered yet.
 
         camera_size: pixels of both sides of both cameras. seed: of the simulator's placement sampler. max_steps: for a
-        suite without a known limit. Raises SteerError for an unknown suite ('unknown_suite'), a task or initial state
+        suite without a known limit. after_success: steps that an episode goes on after success, for the arm to let go and
+        withdraw; the benchmark's protocol has none. Raises SteerError for an unknown suite ('unknown_suite'), a task or initial state
         out of range ('task_out_of_range', 'init_state_out_of_range') and missing packages ('no_libero').
         """
         if not 16 <= camera_size <= 1024:
@@ -92,13 +96,15 @@ class LiberoRobot:
         self._bddl, self._init_state = task.bddl, task.initial_states[init_state_index]
         self.suite, self.task_id, self.init_state_index = suite, task_id, init_state_index
         self.camera_size, self.seed = camera_size, seed
+        self.after_success = after_success
         self.task_name: str = task.name
         self.instruction: str = task.instruction
         self.max_steps = step_limit(suite) if max_steps is None else max_steps
         self._env: Any = None
         self._owner: tuple[int, int] | None = None
         self._step = 0
-        self._success = False
+        self._success_step: int | None = None
+        self._draw = True
         self._counters = {"steps": 0, "clipped_actions": 0, "clipped_values": 0, "refused_actions": 0}
 
     @property
@@ -117,16 +123,18 @@ class LiberoRobot:
             # A scene that has just been built needs no second building: the start is bit-identical (tested).
             self._env.env.hard_reset = not fresh
             self._env.reset()
+            self._make_drawing_optional()
             self._env.set_init_state(self._init_state)
         raw: Mapping[str, Any] = {}
         for _ in range(SETTLE_STEPS):
             raw = self._env.step(np.array(SETTLE_ACTION))[0]
-        self._step, self._success = 0, False
+        self._step, self._success_step = 0, None
         return self._frame(raw)
 
-    def step(self, action: np.ndarray) -> RobotFrame:
+    def step(self, action: np.ndarray, *, draw: bool = True) -> RobotFrame:
         """Execute one action, float [7] in LIBERO_ACTION_SPACE units, for one control period (0.05 s).
 
+        draw: False leaves the frame without images, which are nearly all that a step costs.
         Values outside [-1, 1] are clipped and counted. Raises SteerError for a wrong shape or NaN ('bad_action'),
         before the first reset ('not_reset') and after the step limit ('episode_over').
         """
@@ -152,11 +160,16 @@ class LiberoRobot:
         outside = int((clipped != given).sum())
         self._counters["clipped_values"] += outside
         self._counters["clipped_actions"] += outside > 0
-        raw = self._env.step(clipped)[0]
+        self._draw = draw
+        try:
+            raw = self._env.step(clipped)[0]
+        finally:
+            self._draw = True
         self._step += 1
         self._counters["steps"] += 1
-        self._success = self._success or bool(self._env.check_success())
-        return self._frame(raw)
+        if self._success_step is None and bool(self._env.check_success()):
+            self._success_step = self._step
+        return self._frame(raw, drawn=draw)
 
     def close(self) -> None:
         """Free the simulator and its GL context. Harmless when nothing is open."""
@@ -201,17 +214,44 @@ class LiberoRobot:
                 "the simulator was started in another thread or process; call reset() and step() from that one only",
             )
 
-    def _frame(self, raw: Mapping[str, Any]) -> RobotFrame:
+    def _make_drawing_optional(self) -> None:
+        """Have the cameras answer a blank picture, at their usual moments, while `_draw` is False.
+
+        Switching their sensors off instead would let their clocks run apart from those of the other sensors.
+        """
+
+        def optional(draw: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            # Keeps the marks by which robosuite knows a sensor.
+            @functools.wraps(draw)
+            def sensor(cache: Any) -> Any:
+                return draw(cache) if self._draw else blank
+
+            return sensor
+
+        blank = np.zeros((self.camera_size, self.camera_size, 3), np.uint8)
+        self._draw = False
+        try:
+            for key in CAMERAS.values():
+                observable = self._env.env._observables[key]
+                # A hard reset makes new sensors, a soft one keeps ours.
+                if not hasattr(observable._sensor, "__wrapped__"):
+                    # robosuite asks the new sensor once, for the shape of what it gives.
+                    self._env.env.modify_observable(key, "sensor", optional(observable._sensor))
+        finally:
+            self._draw = True
+
+    def _frame(self, raw: Mapping[str, Any], drawn: bool = True) -> RobotFrame:
         transform = load_module("robosuite.utils.transform_utils")
         robot = self._env.robots[0]
         names = (*robot.robot_joints, *robot.gripper.joints)
+        success = self._success_step
         position = np.array(raw["robot0_eef_pos"], dtype=np.float64)
         quaternion = np.array(raw["robot0_eef_quat"], dtype=np.float64)
         fingers = np.array(raw["robot0_gripper_qpos"], dtype=np.float64)
         # No antipodal flip of the quaternion: policies were trained without one. The function writes into its input.
         axis_angle = transform.quat2axisangle(quaternion.copy())
         return RobotFrame(
-            images={name: np.ascontiguousarray(raw[key][::-1, ::-1]) for name, key in CAMERAS.items()},
+            images={n: np.ascontiguousarray(raw[key][::-1, ::-1]) for n, key in CAMERAS.items()} if drawn else {},
             joint_names=names,
             # All from one sampling of robosuite's sensors: the simulator itself has moved on by a substep (2 ms).
             joint_positions=np.concatenate([raw["robot0_joint_pos"], fingers]).astype(np.float64),
@@ -222,8 +262,8 @@ class LiberoRobot:
             state=np.concatenate([position, axis_angle, fingers]),
             instruction=self.instruction,
             step=self._step,
-            success=self._success,
-            done=self._success or self._step >= self.max_steps,
+            success=success is not None,
+            done=self._step >= self.max_steps or (success is not None and self._step >= success + self.after_success),
         )
 
 

@@ -18,7 +18,7 @@ from steer_runtime.steering.command import SteeringCommand, Verdict
 
 @dataclass(frozen=True)
 class SentCommand:
-    """A command as sent. writes_of: the directions it concerns (none for clear_all: all). step: actions seen before."""
+    """A command as sent. writes_of: the directions it concerns (none for clear_all: all). step: control steps commanded before."""
 
     label: str
     command: SteeringCommand
@@ -31,7 +31,10 @@ class SentCommand:
 
 @dataclass(frozen=True)
 class SeenAction:
-    """An action chunk as received. latched_ns: its publication less its age, which is when its observation came in."""
+    """An action chunk as received. latched_ns: its publication less its age, which is when its observation came in.
+
+    step: control steps commanded before it. rows: control steps that it is long.
+    """
 
     received_ns: int
     latched_ns: int
@@ -39,6 +42,8 @@ class SeenAction:
     epoch: int
     sequence: int
     observation_ns: int
+    step: int
+    rows: int = 1
 
 
 def outcomes(
@@ -116,7 +121,7 @@ def _outcome(
         executed_ns=executed,
         inferences=None if first is None else later.index(first) + 1,
         first_inference=None if first is None else first.inference,
-        first_step=None if first is None else actions.index(first),
+        first_step=None if first is None else first.step,
         writes=values if command.op == "set" else 0,
         writes_after=0 if command.op == "set" else values,
     )

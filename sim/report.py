@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from sim import video
-from sim.episode import ACTION_NAMES, CommandOutcome, EpisodeRecord
+from sim.episode import ACTION_NAMES, RATE_HZ, CommandOutcome, EpisodeRecord
 
 BIN_DIMS = (0, 1, 2, 6)
 """Action dimensions whose bin probabilities are drawn: the three translations and the gripper."""
@@ -49,13 +49,26 @@ class DifferenceRow:
     """How one condition differs from steering off on the same observations.
 
     means [7]: mean action minus mean action without steering. changed: share of action tokens that differ.
-    variation: mean total variation distance of the bin probabilities, 0 (equal) to 1 (disjoint).
+    variation: mean total variation distance of the bin probabilities, 0 (equal) to 1 (disjoint). said: words with counts.
     """
 
     condition: str
     means: tuple[float, ...]
     changed: float
     variation: float
+    said: str
+
+
+@dataclass(frozen=True)
+class StretchRow:
+    """The episode between two commands. first, last: control steps, from 1. speed: of the hand, mean, m/s, None when only
+    one frame shows it. said: words with counts."""
+
+    since: str
+    first: int
+    last: int
+    speed: float | None
+    said: str
 
 
 def render(record: EpisodeRecord, path: Path) -> Path:
@@ -70,6 +83,10 @@ def render(record: EpisodeRecord, path: Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         facts=record.facts,
         steps=record.steps,
+        inferences=record.inferences,
+        video_pace=video.frame_rate(record) * record.steps / (RATE_HZ * max(1, record.inferences)),
+        stretches=stretches(record),
+        off_said=counted(record.facts.condition_said[0]) if record.facts.condition_said else "",
         faults=record.faults,
         video=base64.b64encode(video.encode(record)).decode(),
         poster=base64.b64encode(video.poster(record)).decode(),
@@ -77,14 +94,14 @@ def render(record: EpisodeRecord, path: Path) -> Path:
         timeline=_div(timeline(record), "timeline"),
         actions=_div(action_figure(record), "actions") if record.facts.conditions else "",
         bins=_div(bin_figure(record), "bins") if record.facts.conditions else "",
-        observations=len(record.before_after_step),
+        observations=len(record.replayed),
         differences=differences(record),
         latencies=latencies(record.facts.commands),
         medians=median_row(latencies(record.facts.commands)),
         trace=[_trace_row(t) for t in record.facts.trace],
         untraced=sorted({int(i) for i in record.inference} - {int(t["inference_id"]) for t in record.facts.trace}),
         action_names=ACTION_NAMES,
-        age_ms=float(np.median(record.age_s) * 1e3) if record.steps else 0.0,
+        age_ms=float(np.median(record.age_s) * 1e3) if record.inferences else 0.0,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".html", delete=False, encoding="utf-8") as file:
@@ -143,29 +160,62 @@ def differences(record: EpisodeRecord) -> list[DifferenceRow]:
             float((record.tokens[i] != off_tokens).mean()),
             # Total variation distance: half the L1 distance of two distributions.
             float(0.5 * np.abs(record.bins[i] - off_bins).sum(axis=-1).mean()),
+            counted(record.facts.condition_said[i]) if record.facts.condition_said else "",
         )
         for i, name in enumerate(record.facts.conditions)
         if i > 0
     ]
 
 
+def stretches(record: EpisodeRecord) -> list[StretchRow]:
+    """What hand and words did from each applied command until the next one took effect."""
+    if not record.inferences:
+        return []
+    applied = [c for c in record.facts.commands if c.accepted and c.first_step is not None]
+    begins = [("start", 0)] + [(c.label, int(c.first_step or 0)) for c in applied]
+    ends = [step for _, step in begins[1:]] + [record.steps]
+    out = []
+    for (label, begin), end in zip(begins, ends, strict=True):
+        inside = np.flatnonzero((record.step >= begin) & (record.step < end))
+        if not len(inside):
+            continue
+        # A pair of frames belongs to the stretch that made the actions between them.
+        pairs = inside[inside < len(record.speed)]
+        lasted = np.diff(record.step)[pairs]
+        speed = float(np.average(record.speed[pairs], weights=lasted)) if len(pairs) else None
+        words = counted([record.facts.said[i] for i in inside]) if record.facts.said else ""
+        out.append(StretchRow(label, begin + 1, end, speed, words))
+    return out
+
+
+def counted(said: Sequence[Sequence[str]]) -> str:
+    """Words of several inferences, a slot after the other, each with how often it was said."""
+    slots = [Counter(words).most_common() for words in zip(*said, strict=True)]
+    return "; ".join(", ".join(f"{word} {n}" for word, n in slot) for slot in slots)
+
+
 def timeline(record: EpisodeRecord) -> go.Figure:
-    """Strengths an inference, action components a step, and a mark for each command; x is the control step."""
+    """Strengths, the hand's speed, action components, and a mark for each command; x is the control step."""
     x = np.arange(1, record.steps + 1)
+    titles = ("strength of each direction", "speed of the hand, m/s", "translation of the action", "rotation of the action", "gripper")  # fmt: skip
     figure = make_subplots(
-        rows=4,
-        cols=1,
-        shared_xaxes=True,
-        vertical_spacing=0.065,
-        row_heights=[0.34, 0.26, 0.22, 0.18],
-        subplot_titles=("strength of each direction", "translation of the action", "rotation of the action", "gripper"),
-    )
+        rows=5, cols=1, shared_xaxes=True, vertical_spacing=0.055, row_heights=[0.26, 0.2, 0.22, 0.18, 0.14],
+        subplot_titles=titles,
+    )  # fmt: skip
+    # A strength holds from its inference on, to the end of the episode for the last one.
+    starts = np.append(record.step + 1, record.steps + 1)
     for index, (name, values) in enumerate(record.strengths.items()):
         if values.any():
             line = {"shape": "hv", "width": 2.5, "color": video.color_of(index)}
-            figure.add_scatter(x=x, y=values, name=name, line=line, mode="lines", legend="legend", row=1, col=1)
+            held = np.append(values, values[-1])
+            figure.add_scatter(x=starts, y=held, name=name, line=line, mode="lines", legend="legend", row=1, col=1)
+    words = [video.says(said) for said in record.facts.said[1:]] or None
+    figure.add_scatter(
+        x=record.step[1:] + 1, y=record.speed, name="hand", line={"width": 2, "color": video.INK}, mode="lines",
+        text=words, showlegend=False, row=2, col=1,
+    )  # fmt: skip
     for dim, name in enumerate(ACTION_NAMES):
-        row, legend = (2, "legend2") if dim < 3 else (3, "legend3") if dim < 6 else (4, "legend4")
+        row, legend = (3, "legend2") if dim < 3 else (4, "legend3") if dim < 6 else (5, "legend4")
         line = {"width": 1.5, "color": video.color_of(dim % 3 if dim < 6 else 6)}
         figure.add_scatter(
             x=x, y=record.action[:, dim], name=name, line=line, mode="lines", legend=legend, row=row, col=1
@@ -179,12 +229,13 @@ def timeline(record: EpisodeRecord) -> go.Figure:
             hovertext=command.label, font={"size": 11, "color": color},
         )  # fmt: skip
     figure.update_yaxes(range=[-0.04, 1.08], row=1, col=1)
-    figure.update_xaxes(title_text="control step", row=4, col=1)
-    places = {"legend": 1.0, "legend2": 0.69, "legend3": 0.42, "legend4": 0.16}
+    figure.update_yaxes(rangemode="tozero", row=2, col=1)
+    figure.update_xaxes(title_text="control step", row=5, col=1)
+    places = {"legend": 1.0, "legend2": 0.55, "legend3": 0.31, "legend4": 0.11}
     figure.update_layout(
-        height=820, showlegend=True, **{k: {"y": y, "yanchor": "top", "x": 1.01} for k, y in places.items()}
+        height=960, showlegend=True, **{k: {"y": y, "yanchor": "top", "x": 1.01} for k, y in places.items()}
     )
-    for annotation in figure.layout.annotations[:4]:
+    for annotation in figure.layout.annotations[: len(titles)]:
         annotation.update(x=0, xanchor="left", yshift=14, font={"size": 13, "color": "#52606d"})
     return _styled(figure)
 

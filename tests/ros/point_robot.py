@@ -41,7 +41,7 @@ class PointRobot:
         self._position, self._gripper, self._step = np.zeros(3), 0.0, 0
         return self._frame()
 
-    def step(self, action: np.ndarray) -> PointFrame:
+    def step(self, action: np.ndarray, *, draw: bool = True) -> PointFrame:
         self._position = self._position + 0.05 * action[:3]
         self._gripper = float(action[6])
         self._step += 1

@@ -17,8 +17,7 @@ def command(label: str, step: int, **changes: object) -> CommandOutcome:
         "published_ns": T0, "accepted": True, "code": "accepted", "sentence": "'fast' goes to 0.8",
         "applied_strength": 0.8, "epoch": 1, "sequence": 1, "direction_id": FAST, "step": step,
         "verdict_ns": T0 + 2_000_000, "latched_ns": T0 + 40_000_000, "action_ns": T0 + 240_000_000,
-        "executed_ns": T0 + 400_000_000, "inferences": 1, "first_inference": step + 2,
-        "first_step": step + 1, "writes": 12,
+        "executed_ns": T0 + 400_000_000, "inferences": 1, "first_inference": 3, "first_step": step + 1, "writes": 12,
     }  # fmt: skip
     return CommandOutcome(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -38,12 +37,17 @@ def trace(inference: int, sequence: int, strength: float) -> dict[str, object]:
     }
 
 
-def small_record(steps: int = 6, size: int = 32, seed: int = 0) -> EpisodeRecord:
-    """Steps with a command at step 1 and a refused one at step 3; two conditions on three observations."""
+def small_record(inferences: int = 6, chunk: int = 1, size: int = 32, seed: int = 0) -> EpisodeRecord:
+    """A command before the third inference and a refused one before the fifth; two conditions on three observations.
+
+    The last chunk is cut short by one step where it is longer than one. The hand moves 1 cm a step, then 2 under steering;
+    a policy of chunks says words.
+    """
     rng = np.random.default_rng(seed)
-    sequence = np.array([0, 0] + [1] * (steps - 2), np.int64)
+    sequence = np.array([0, 0] + [1] * (inferences - 2), np.int64)
+    steps = chunk * inferences - (chunk > 1)
     refusal = command(
-        "warp 1", 3, expected="refused", accepted=False, code="unknown_direction",
+        "warp 1", 4 * chunk, expected="refused", accepted=False, code="unknown_direction",
         sentence="no direction is called 'warp'", applied_strength=0.0,
         latched_ns=None, action_ns=None, executed_ns=None, inferences=None, first_inference=None,
         first_step=None, writes=0,
@@ -62,23 +66,26 @@ def small_record(steps: int = 6, size: int = 32, seed: int = 0) -> EpisodeRecord
         missing_frames=0,
         versions={"mujoco": "3.17.0", "gl_backend": "osmesa"},
         directions=(SteeredBy("fast", FAST, "neurons", "override", ("text", "action"), 2, ("fast", "quick")),),
-        commands=(command("fast 0.8", 1), refusal),
+        commands=(command("fast 0.8", chunk, first_step=2 * chunk), refusal),
         trace=tuple(trace(i + 1, int(s), 0.8 * bool(s)) for i, s in enumerate(sequence)),
         conditions=("off", "fast +0.8"),
+        said=tuple(("fast" if s else "calmly", "low") for s in sequence) if chunk > 1 else (),
+        condition_said=((("calmly", "low"),) * 3, (("fast", "low"),) * 3) if chunk > 1 else (),
         timings={"episode": 12.5},
     )
     logits = rng.normal(size=(2, 3, 7, 256))
     bins = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     return EpisodeRecord(
         facts=facts,
-        agentview=rng.integers(0, 256, (steps, size, size, 3), dtype=np.uint8),
-        wrist=rng.integers(0, 256, (steps, size, size, 3), dtype=np.uint8),
-        state=rng.normal(size=(steps, 8)),
-        action=rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
-        inference=np.arange(1, steps + 1, dtype=np.int64),
+        agentview=rng.integers(0, 256, (inferences, size, size, 3), dtype=np.uint8),
+        wrist=rng.integers(0, 256, (inferences, size, size, 3), dtype=np.uint8),
+        state=np.outer(np.append(0.0, np.cumsum(0.01 * chunk * (1 + sequence[:-1]))), np.eye(8)[0]),
+        step=chunk * np.arange(inferences, dtype=np.int64),
+        inference=np.arange(1, inferences + 1, dtype=np.int64),
         sequence=sequence,
-        age_s=rng.uniform(0.2, 0.3, steps),
-        before_after_step=np.arange(3, dtype=np.int64),
+        age_s=rng.uniform(0.2, 0.3, inferences),
+        action=rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
+        replayed=np.arange(3, dtype=np.int64),
         actions=rng.uniform(-1, 1, (2, 3, 7)).astype(np.float32),
         tokens=rng.integers(0, 256, (2, 3, 7)).astype(np.int64),
         bins=bins.astype(np.float32),

@@ -27,7 +27,9 @@ def test_off_is_the_policy_itself_and_steering_changes_it(
 ) -> None:
     seen = [observation(tiny_policy, seed=s) for s in range(2)]
     heard: list[int] = []
-    table = before_after(tiny_policy, [strong(tiny_policy)], (), seen, {"push +1": {"push": 1.0}}, heard.append)
+    table = before_after(
+        tiny_policy, [strong(tiny_policy)], (), seen, [-1, 1], {"push +1": {"push": 1.0}}, heard.append
+    )
     assert table.conditions == ("off", "push +1")
     plain = np.stack([tiny_policy.infer(o).actions[0] for o in seen])
     assert np.array_equal(table.actions[0], plain)
@@ -41,7 +43,7 @@ def test_off_is_the_policy_itself_and_steering_changes_it(
 def test_tokens_are_the_ones_the_actions_were_made_from(
     tiny_policy: OpenVLAPolicy, observation: Callable[..., Observation]
 ) -> None:
-    table = before_after(tiny_policy, (), (), [observation(tiny_policy)], {})
+    table = before_after(tiny_policy, (), (), [observation(tiny_policy)], [-1], {})
     normalised = tiny_policy.statistics.unnormalise(tiny_policy.actions.decode(table.tokens[0, 0]))
     assert np.allclose(normalised[:6], table.actions[0, 0, :6], atol=1e-6)
 
@@ -51,4 +53,4 @@ def test_refused_strength_is_not_replayed_as_something_else(
 ) -> None:
     seen = [observation(tiny_policy)]
     with pytest.raises(SteerError, match="clamped"):
-        before_after(tiny_policy, [strong(tiny_policy)], (), seen, {"push +3": {"push": 3.0}})
+        before_after(tiny_policy, [strong(tiny_policy)], (), seen, [-1], {"push +3": {"push": 3.0}})

@@ -11,12 +11,21 @@ from pathlib import Path
 import pytest
 
 from ros_nodes.children import Children
-from ros_nodes.demo_config import default_config, read_config
+from ros_nodes.demo_config import config_named, default_config, read_config
 from steer_runtime.errors import SteerError
 
 
+def test_file_of_the_trained_policy_steers_pace_by_an_axis_of_words() -> None:
+    config = read_config(config_named("demo"))
+    assert config.policy == "pocket-libero"
+    assert [(axis.name, axis.form is not None) for axis in config.axes] == [("speed", True)]
+    signs = [c.strength > 0 for c in config.commands if c.set_ == "speed"]
+    assert signs == [True, False]
+    assert any(c.expect == "refused" for c in config.commands)
+
+
 def test_shipped_file_is_valid_and_covers_every_kind_of_command() -> None:
-    config = read_config(default_config())
+    config = read_config(config_named("demo-untrained"))
     assert config.policy == "pocket-untrained"
     assert {c.expect for c in config.commands} == {"applied", "refused"}
     assert any(c.clear_all for c in config.commands)
@@ -33,6 +42,8 @@ def test_shipped_file_is_valid_and_covers_every_kind_of_command() -> None:
         ("policy: p\ndirections: []\ncommands: [{at: 3, set: up, clear: up}]", "exactly one of set, clear, clear_all"),
         ("policy: p\nsteps: 20\ndirections: []\ncommands: [{at: 19, set: up}]", "before the end"),
         ("policy: p\ndirections: [{name: up}]\ncommands: []", "either words or dense"),
+        ("policy: p\naxes: [{name: speed}]\ncommands: []", "negative and positive, or form"),
+        ("policy: p\naxes: [{name: speed, form: neurons}]\ncommands: []", "needs layers"),
         ("policy: [", "not readable YAML"),
     ],
 )
@@ -109,7 +120,7 @@ def test_demo_applies_every_command_and_draws_the_report(tmp_path: Path) -> None
     out = tmp_path / "demo"
     code = "import typer\nfrom ros_nodes.demo import demo\ntyper.run(demo)"
     result = subprocess.run(
-        [sys.executable, "-c", code, "--out", str(out)],
+        [sys.executable, "-c", code, "--config", str(config_named("demo-untrained")), "--out", str(out)],
         capture_output=True,
         text=True,
         env=dict(os.environ),
@@ -121,7 +132,8 @@ def test_demo_applies_every_command_and_draws_the_report(tmp_path: Path) -> None
 
     record = episode.load(out / "episode")
     assert record.faults == ()
-    assert record.steps >= 63
+    assert record.steps == 70
+    assert record.inferences >= 63
     assert {c.code for c in record.facts.commands if not c.accepted} == {"unknown_direction"}
     assert "pocket-untrained" in (out / "report.html").read_text()[:4000]
 

@@ -41,7 +41,9 @@ def sent(
 
 
 def action(inference: int, at_ms: int, sequence: int) -> SeenAction:
-    return SeenAction(at_ms * MS, (at_ms - 50) * MS, inference, EPOCH, sequence, (at_ms - 60) * MS)
+    return SeenAction(
+        at_ms * MS, (at_ms - 50) * MS, inference, EPOCH, sequence, (at_ms - 60) * MS, step=4 * (inference - 1), rows=4
+    )
 
 
 def record(inference: int, sequence: int, strengths: dict[str, float], *sites: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def one(command: SentCommand, actions: list[SeenAction], trace: list[dict[str, A
 def test_first_action_with_the_sequence_is_found_and_timed() -> None:
     actions = [action(1, 100, 0), action(2, 300, 0), action(3, 500, 1), action(4, 700, 1)]
     found = one(sent("set", "up", 250, 1, UP), actions, [record(3, 1, {UP.id: 1.0}, site(1, [2, 3], 8))])
-    assert (found.inferences, found.first_inference, found.first_step) == (2, 3, 2)
+    assert (found.inferences, found.first_inference, found.first_step) == (2, 3, 8)
     assert (found.latched_ns, found.action_ns) == (450 * MS, 500 * MS)
     assert found.executed_ns == actions[2].observation_ns + 1 or found.executed_ns is not None
     assert found.fault is None

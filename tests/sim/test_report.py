@@ -18,7 +18,8 @@ from sim import episode, report, video
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return report.render(small_record(), tmp_path_factory.mktemp("report") / "report.html").read_text()
+    """Of a policy that says words and acts in chunks of four."""
+    return report.render(small_record(chunk=4), tmp_path_factory.mktemp("report") / "report.html").read_text()
 
 
 def _page(html: str) -> str:
@@ -26,7 +27,7 @@ def _page(html: str) -> str:
     return re.sub(r"<script>.*?plotly\.js v.*?</script>", "", html, count=1, flags=re.S)
 
 
-def test_embedded_video_has_one_frame_a_step(html: str, tmp_path: Path) -> None:
+def test_embedded_video_has_one_frame_an_inference(html: str, tmp_path: Path) -> None:
     data = re.search(r'src="data:video/mp4;base64,([^"]+)"', html)
     assert data is not None
     path = tmp_path / "episode.mp4"
@@ -35,7 +36,8 @@ def test_embedded_video_has_one_frame_a_step(html: str, tmp_path: Path) -> None:
     meta = next(reader)
     assert meta["codec"].startswith("h264")
     assert all(side % 2 == 0 for side in meta["size"])
-    assert sum(1 for _ in reader) == small_record().steps
+    assert meta["fps"] == 5.0  # 4 control steps a picture at 20 Hz
+    assert sum(1 for _ in reader) == small_record(chunk=4).inferences
 
 
 def test_report_asks_the_network_for_nothing(html: str) -> None:
@@ -52,6 +54,40 @@ def test_only_an_untrained_policy_is_called_so(tmp_path: Path, trained: bool) ->
     page = _page(report.render(dataclasses.replace(record, facts=facts), tmp_path / "r.html").read_text())
     banner = page.find("Untrained policy.")
     assert (banner == -1) if trained else (0 < banner < page.find("Was every command applied?"))
+
+
+def test_steps_and_inferences_are_counted_apart_and_words_shown(html: str) -> None:
+    page = _page(html)
+    assert "23 control steps in 6 inferences" in page
+    assert "Off, it said: calmly 3; low 3." in page
+    assert "<td>fast 4; low 4</td>" in page
+
+
+def test_pace_between_commands_is_the_hands() -> None:
+    start, fast = report.stretches(small_record(chunk=4))
+    assert (start.since, start.first, start.last, start.said) == ("start", 1, 8, "calmly 2; low 2")
+    assert (fast.since, fast.first, fast.last, fast.said) == ("fast 0.8", 9, 23, "fast 4; low 4")
+    assert np.allclose([start.speed, fast.speed], [0.2, 0.4])
+
+
+def test_command_whose_moment_did_not_come_is_a_fault(tmp_path: Path) -> None:
+    record = small_record()
+    late = dataclasses.replace(record, facts=dataclasses.replace(record.facts, unsent=("slow -1",)))
+    assert late.faults == ("slow -1: it was not sent: the episode ended after 6 control steps",)
+
+
+def test_episodes_side_by_side_are_as_long_as_the_longest(tmp_path: Path) -> None:
+    images = np.zeros((5, 64, 64, 3), np.uint8)
+    images[-1] = 200
+    panels = [video.Panel("slow", images, [("a", "b")] * 5), video.Panel("fast", images[3:], [("c", "d")] * 2)]
+    drawn = list(video.side_by_side("speed", panels))
+    assert len(drawn) == 5
+    assert all(side % 2 == 0 for side in drawn[0].shape[:2])
+    # The shorter one keeps its last picture, the longer one is dark until its own last.
+    right, left = drawn[2][90, 64 + video.GAP + 30], drawn[2][90, 30]
+    assert (right == 200).all()
+    assert (left == 0).all()
+    assert len(video.mp4(iter(drawn), 10)) > 500
 
 
 def test_text_of_the_record_is_escaped(html: str) -> None:
