@@ -231,7 +231,7 @@ def timeline(record: EpisodeRecord) -> go.Figure:
     figure.update_yaxes(range=[-0.04, 1.08], row=1, col=1)
     figure.update_yaxes(rangemode="tozero", row=2, col=1)
     figure.update_xaxes(title_text="control step", row=5, col=1)
-    places = {"legend": 1.0, "legend2": 0.55, "legend3": 0.31, "legend4": 0.11}
+    places = {"legend": 1.0, "legend2": 0.53, "legend3": 0.305, "legend4": 0.11}
     figure.update_layout(
         height=960, showlegend=True, **{k: {"y": y, "yanchor": "top", "x": 1.01} for k, y in places.items()}
     )

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sim.evaluation import axis_video
+
 if TYPE_CHECKING:
     from sim.evaluation.episodes import Setting, Trial
     from sim.evaluation.statistics import Line
     from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
 app = typer.Typer(name="eval", help="Measure what a policy can do, in process.", no_args_is_help=True)
+app.command(epilog="Examples:  steer eval video pocket-libero --axis speed --strengths -1,0,1 --out axis-speed.mp4")(
+    axis_video.video
+)
 
 Policy = Annotated[str, typer.Argument(help="A policy YAML, or a bare name of configs/policies/.")]
 Suite = Annotated[str, typer.Option(help="libero_object, libero_spatial or libero_goal.")]

@@ -12,6 +12,7 @@ import pytest
 from sim import layouts
 from sim.benchmark import use_software_rendering
 from sim.evaluation import grounding
+from sim.evaluation.axis_video import Shot, film
 from sim.evaluation.episodes import Setting, configuration, official, run_trial, run_trials
 from sim.evaluation.results import results
 from sim.libero_robot import LiberoRobot
@@ -138,3 +139,15 @@ def test_initial_state_out_of_range_is_refused(scene: Scene, policy: OpenVLAPoli
     trial = official((6,), 51)[-1]
     with pytest.raises(SteerError, match="0 to 49"):
         run_trial(policy, scene, layouts.targets(scene), trial, SETTING, policy.infer)
+
+
+def test_a_film_shows_every_second_step_and_the_end(scene: Scene, policy: OpenVLAPolicy) -> None:
+    targets = tuple(layouts.targets(scene))
+    shot = Shot(scene.task.initial_states[0], 0, targets[0], targets, "pick up the soup", limit=5, size=32)
+    seen = Seen(policy)
+    filmed = film(policy, scene, shot, "not steered", seen)
+    assert (filmed.motion.steps, filmed.panel.images.shape) == (5, (4, 32, 32, 3))
+    assert [caption[0] for caption in filmed.panel.captions] == ["says nothing"] * 4
+    assert [caption[1][:5] for caption in filmed.panel.captions] == ["0.0 s", "0.1 s", "0.2 s", "0.2 s"]
+    assert np.array_equal(filmed.panel.images[0], seen.observations[0].images["agentview"])
+    assert not np.array_equal(filmed.panel.images[0], filmed.panel.images[-1])

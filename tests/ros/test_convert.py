@@ -137,7 +137,7 @@ def test_pose_without_a_rotation_is_refused() -> None:
 
 def chunk_message(actions: np.ndarray) -> ActionChunkMsg:
     chunk = ActionChunk(actions, LIBERO_ACTION_SPACE, {}, 5, SteeringStamp(7, 8), 123_456_789_000, 9, 0.25)
-    return chunk_to_msg(chunk, instance_id="i", session_id="s", stamp_ns=1, trained=False)
+    return chunk_to_msg(chunk, instance_id="i", session_id="s", stamp_ns=1, trained=False, said=(" fast", " low"))
 
 
 def test_chunk_keeps_everything_that_says_what_it_is() -> None:
@@ -146,6 +146,7 @@ def test_chunk_keeps_everything_that_says_what_it_is() -> None:
     assert np.array_equal(back.actions, actions)
     assert (back.inference_id, back.steering, back.frame_id, back.age_s) == (5, SteeringStamp(7, 8), 9, 0.25)
     assert back.observation_stamp_ns == 123_456_789_000
+    assert chunk_message(actions).said == ["fast", "low"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from driver import NodeProcess, PolicyDriver, PolicyProcess
 
 from ros_nodes.client import SteeringClient
 from ros_nodes.convert import ns_from_time
+from ros_nodes.recorder import Recorder
 
 FORWARD = np.array([[1, 0, 0, 0, 0, 0, 1]], np.float32)
 
@@ -68,6 +69,13 @@ def test_each_answer_moves_it_exactly_one_step(policy_side: PolicyDriver) -> Non
     assert step_to(policy_side, FORWARD) == pytest.approx(start + 0.05)
     assert step_to(policy_side, FORWARD) == pytest.approx(start + 0.10)
     policy_side.wait(lambda: policy_side.status().step == step + 2)
+
+
+def test_a_chunk_is_executed_whole_and_shows_one_frame(policy_side: PolicyDriver) -> None:
+    start, step, frames = x(policy_side), policy_side.status().step, len(policy_side.frames)
+    assert step_to(policy_side, np.repeat(FORWARD, 4, axis=0)) == pytest.approx(start + 0.20)
+    policy_side.wait(lambda: policy_side.status().step == step + 4)
+    assert len(policy_side.frames) == frames + 1
 
 
 def refused_as(driver: PolicyDriver, code: str, action: np.ndarray, **chunk: Any) -> None:
@@ -130,6 +138,7 @@ def test_policy_node_runs_a_lockstep_episode_one_inference_a_step(
 ) -> None:
     with (
         PolicyDriver(third_domain) as watcher,
+        Recorder(domain_id=third_domain) as recorder,
         SteeringClient(domain_id=third_domain) as client,
         PolicyProcess(policy_yaml, direction_store, domain=third_domain),
         robot(third_domain, mode="lockstep", episodes=1) as body,
@@ -140,3 +149,7 @@ def test_policy_node_runs_a_lockstep_episode_one_inference_a_step(
         state = client.wait_state(lambda s: s.counters.get("inferences", 0) >= 40)
         assert state.counters["inferences"] == 40
         assert len({ns_from_time(m.header.stamp) for _, m in watcher.frames}) == 40
+        assert recorder.wait(lambda: recorder.end is not None, 10.0)
+        assert (len(recorder.actions), recorder.commanded, recorder.end[1]) == (40, 40, 40)
+        # Its cameras are subscribed to once the robot has described itself: it may miss the first frame.
+        assert all(action.observation_ns in recorder.observations for action in recorder.actions[1:])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import fabricate
 import numpy as np
 import pytest
+import torch
 
 from sim.before_after import before_after
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.config import HeatmapConfig, Slot
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import Observation
 
@@ -46,6 +49,26 @@ def test_tokens_are_the_ones_the_actions_were_made_from(
     table = before_after(tiny_policy, (), (), [observation(tiny_policy)], [-1], {})
     normalised = tiny_policy.statistics.unnormalise(tiny_policy.actions.decode(table.tokens[0, 0]))
     assert np.allclose(normalised[:6], table.actions[0, 0, :6], atol=1e-6)
+
+
+def test_of_a_chunk_the_first_action_is_compared_with_the_gripper_as_it_was_then(
+    observation: Callable[..., Observation],
+) -> None:
+    heat = HeatmapConfig(classes=("soup", "basket"), hidden=64, blocks=1, heads=2)
+    slots = (Slot("pace", (" slow", " fast"), (5, 6)),)
+    torch.manual_seed(0)
+    config = fabricate.tiny_config(
+        dino=None, siglip=None, heatmap=heat, image_size=64, state_tokens=1, chunk=3, slots=slots, parallel=True
+    )
+    policy = fabricate.tiny_policy(config)
+    seen = observation(policy)
+    opened, closed, again = before_after(policy, (), (), [seen] * 3, [-1, 1, -1], {}).bins[0]
+    assert opened.shape[0] == 7
+    assert np.array_equal(opened, again)
+    assert not np.array_equal(opened, closed)
+    table = before_after(policy, (), (), [seen], [1], {})
+    assert set(table.said[0][0]) <= {"slow", "fast"}
+    assert len(table.said[0][0]) == 1
 
 
 def test_refused_strength_is_not_replayed_as_something_else(

@@ -24,6 +24,18 @@ def test_file_of_the_trained_policy_steers_pace_by_an_axis_of_words() -> None:
     assert any(c.expect == "refused" for c in config.commands)
 
 
+def test_without_the_trained_checkpoint_the_untrained_policy_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pocket-libero.yaml"
+    file.write_text("kind: openvla\nname: p\ncheckpoint: there\nsuite: libero_object\n")
+    monkeypatch.setattr("steer_runtime.policies.registry.policy_configs", lambda: {"pocket-libero": file})
+    (tmp_path / "there").mkdir()
+    assert default_config() == config_named("demo-untrained")
+    (tmp_path / "there" / "config.json").touch()
+    assert default_config() == config_named("demo")
+
+
 def test_shipped_file_is_valid_and_covers_every_kind_of_command() -> None:
     config = read_config(config_named("demo-untrained"))
     assert config.policy == "pocket-untrained"

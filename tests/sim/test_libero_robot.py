@@ -154,6 +154,30 @@ def test_success_is_the_tasks_own_check(robot: LiberoRobot, fresh: RobotFrame) -
     assert frames[-1].done
 
 
+def test_step_that_is_not_drawn_moves_the_same_and_the_next_picture_is_its_own(
+    robot: LiberoRobot, fresh: RobotFrame
+) -> None:
+    move = np.array([0.4, -0.3, -0.2, 0, 0, 0, 1], np.float32)
+    drawn = [robot.step(move) for _ in range(3)]
+    robot.reset()
+    seen = [robot.step(move, draw=draw) for draw in (False, False, True)]
+    assert [set(frame.images) for frame in seen] == [set(), set(), {"agentview", "wrist"}]
+    assert all(np.array_equal(a.state, b.state) for a, b in zip(drawn, seen, strict=True))
+    assert all(np.array_equal(drawn[-1].images[name], seen[-1].images[name]) for name in seen[-1].images)
+
+
+def test_episode_goes_on_after_success_for_as_long_as_asked(
+    robot: LiberoRobot, fresh: RobotFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(robot, "after_success", 2)
+    monkeypatch.setattr(robot._env, "check_success", lambda: robot.counters["steps"] == begun + 2)
+    begun = robot.counters["steps"]
+    frames = [robot.step(STILL, draw=False) for _ in range(4)]
+    assert [(frame.success, frame.done) for frame in frames] == [
+        (False, False), (True, False), (True, False), (True, True),
+    ]  # fmt: skip
+
+
 def test_another_thread_is_refused(robot: LiberoRobot) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
