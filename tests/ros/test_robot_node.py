@@ -53,6 +53,8 @@ def policy_side(lockstep: PolicyDriver) -> PolicyDriver:
         before = lockstep.frames[-1][1].header.stamp
         lockstep.act(0 * FORWARD)
         moved = lockstep.moved_on(before, 2.5)
+        # Its status follows a frame.
+        lockstep.wait(lambda: lockstep.status().header.stamp == lockstep.frames[-1][1].header.stamp, what="a status")
         if moved and lockstep.status().step < 30:
             return lockstep
 

@@ -13,6 +13,7 @@ from sim.before_after import before_after
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.config import HeatmapConfig, Slot
+from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import Observation
 
@@ -60,7 +61,12 @@ def test_of_a_chunk_the_first_action_is_compared_with_the_gripper_as_it_was_then
     config = fabricate.tiny_config(
         dino=None, siglip=None, heatmap=heat, image_size=64, state_tokens=1, chunk=3, slots=slots, parallel=True
     )
-    policy = fabricate.tiny_policy(config)
+    model = OpenVLAModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not name.startswith("heatmap"):
+                parameter.copy_(torch.randn(parameter.shape) * 2.0 * parameter.shape[-1] ** -0.5)
+    policy = OpenVLAPolicy(model.eval(), fabricate.tiny_tokenizer(), fabricate.tiny_statistics())
     seen = observation(policy)
     opened, closed, again = before_after(policy, (), (), [seen] * 3, [-1, 1, -1], {}).bins[0]
     assert opened.shape[0] == 7
