@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # ROS, torch and the simulator take seconds to import and are
     from sim.outcomes import SentCommand
     from steer_runtime.directions.direction import Axis, Direction
 
-START_S = 240.0
+START_S = 480.0
 """Limit for building a scene, loading a policy and discovery, all at once on two busy cores."""
 STEP_S = 60.0
 """Limit for one inference and the control steps of its chunk, which take about a second."""

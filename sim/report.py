@@ -209,10 +209,11 @@ def timeline(record: EpisodeRecord) -> go.Figure:
             line = {"shape": "hv", "width": 2.5, "color": video.color_of(index)}
             held = np.append(values, values[-1])
             figure.add_scatter(x=starts, y=held, name=name, line=line, mode="lines", legend="legend", row=1, col=1)
-    words = [video.says(said) for said in record.facts.said[1:]] or None
+    # Up to the last frame: what comes after it was not seen.
     figure.add_scatter(
-        x=record.step[1:] + 1, y=record.speed, name="hand", line={"width": 2, "color": video.INK}, mode="lines",
-        text=words, showlegend=False, row=2, col=1,
+        x=record.step + 1, y=np.append(record.speed, record.speed[-1:]), name="hand", mode="lines",
+        line={"shape": "hv", "width": 2, "color": video.INK}, text=[video.says(words) for words in record.facts.said],
+        showlegend=False, row=2, col=1,
     )  # fmt: skip
     for dim, name in enumerate(ACTION_NAMES):
         row, legend = (3, "legend2") if dim < 3 else (4, "legend3") if dim < 6 else (5, "legend4")
