@@ -67,7 +67,7 @@ class AxisSpec(BaseModel):
 
 class CommandSpec(BaseModel):
     """A command, published as soon as `at` control steps are commanded: of the episode, or since the gripper was first
-    told to close. Exactly one of set, clear, clear_all."""
+    told to close and left so. Exactly one of set, clear, clear_all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

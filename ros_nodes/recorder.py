@@ -29,7 +29,7 @@ from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 from ros_nodes.assembler import ObservationAssembler
 from ros_nodes.convert import RobotDescription, chunk_from_msg, description_from_msg, ns_from_time
 from ros_nodes.qos import DIAGNOSTICS, LATCHED
-from sim.outcomes import SeenAction
+from sim.outcomes import SeenAction, grasp_step
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Observation
 
@@ -98,12 +98,8 @@ class Recorder:
 
     @property
     def grasped_at(self) -> int | None:
-        """Control step of the first command to close the gripper, None before it."""
-        for action, chunk in zip(self.actions, self.chunks, strict=True):
-            closing = np.flatnonzero(chunk[:, 6] > 0)
-            if len(closing):
-                return action.step + int(closing[0])
-        return None
+        """Control step at which the gripper was first told to close and left so, None before it."""
+        return grasp_step(np.concatenate([chunk[:, 6] for chunk in self.chunks])) if self.chunks else None
 
     def close(self) -> None:
         """Leave the network. Safe to call twice."""

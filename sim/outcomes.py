@@ -11,9 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from sim.episode import CommandOutcome
 from steer_runtime.directions.direction import Direction
 from steer_runtime.steering.command import SteeringCommand, Verdict
+
+GRASP_STEPS = 4
+"""Fewer closing commands on end are a flicker of the policy, not a grasp."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,14 @@ def outcomes(
 ) -> tuple[CommandOutcome, ...]:
     """One outcome a command, in order. frame_stamps_ns: stamps of the robot's frames, rising."""
     return tuple(_outcome(index, sent, actions, frame_stamps_ns, trace) for index in range(len(sent)))
+
+
+def grasp_step(gripper: np.ndarray) -> int | None:
+    """First of GRASP_STEPS control steps on end that close the gripper; gripper [S]: commands, above 0 to close."""
+    if len(gripper) < GRASP_STEPS:
+        return None
+    runs = np.lib.stride_tricks.sliding_window_view(gripper > 0, GRASP_STEPS).all(axis=1)
+    return int(runs.argmax()) if runs.any() else None
 
 
 def written(record: Mapping[str, Any], direction: Direction) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sim.episode import CommandOutcome
-from sim.outcomes import SeenAction, SentCommand, outcomes, written
+from sim.outcomes import SeenAction, SentCommand, grasp_step, outcomes, written
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.steering.command import CommandOp, SteeringCommand, Verdict
 from steer_runtime.types import SteeringStamp
@@ -122,3 +122,10 @@ def test_dense_direction_counts_tokens_at_its_site() -> None:
     at_site = {"tower": "lm", "kind": "dense", "layer": 0, "neurons": [], "writes": 25}
     assert written(record(1, 1, {dense.id: 1.0}, at_site), dense) == 25
     assert written(record(1, 1, {dense.id: 1.0}, {**at_site, "layer": 3}), dense) == 0
+
+
+def test_grasp_begins_where_the_gripper_is_closed_and_stays_so() -> None:
+    flicker = [-1, -1, 1, -1, 1, 1, 1]
+    assert grasp_step(np.array(flicker)) is None
+    assert grasp_step(np.array([*flicker, 1, 1, -1])) == 4
+    assert grasp_step(np.array([1, 1])) is None
