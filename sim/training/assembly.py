@@ -39,6 +39,9 @@ def assemble(settings: PolicyTraining, vision: TowerFile, tokenizer: Any) -> Ope
     Raises SteerError as `read_base`, 'bad_model_config'.
     """
     layers = settings.language_model.layers
+    words = tuple(
+        tuple(tokenizer.encode(" " + name.replace("_", " "), add_special_tokens=False)) for name in vision.heat.classes
+    )
     base = smollm2_base(layers)
     config = OpenVLAConfig(
         # SmolLM2-135M's shape (its GGUF's metadata).
@@ -55,7 +58,7 @@ def assemble(settings: PolicyTraining, vision: TowerFile, tokenizer: Any) -> Ope
             tied=True,
         ),
         usable_vocab=base.words + _BINS,
-        heatmap=vision.heat,
+        heatmap=replace(vision.heat, words=words),
         base=base,
         state_tokens=settings.state_tokens,
         chunk=settings.chunk,
@@ -76,11 +79,8 @@ def assemble(settings: PolicyTraining, vision: TowerFile, tokenizer: Any) -> Ope
             parameters[name][: len(value)] = value
         model.heatmap.load_state_dict(vision.tower.state_dict())
         initialise(model)
-        words = [
-            tokenizer.encode(" " + name.replace("_", " "), add_special_tokens=False) for name in vision.heat.classes
-        ]
         table = model.language_model.model.embed_tokens.weight
-        model.projector.get_parameter("name").copy_(torch.stack([table[ids].mean(0) for ids in words]))
+        model.projector.get_parameter("name").copy_(torch.stack([table[list(ids)].mean(0) for ids in words]))
     return model
 
 

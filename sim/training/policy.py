@@ -92,7 +92,8 @@ class PolicyNet(nn.Module):
         decoder, count = model.language_model.model, len(states)
         assert model.state_encoder is not None
         bos = torch.full((count, 1), config.lm.bos_token_id)
-        parts = [decoder.embed_tokens(bos), model.objects(seen, states), model.state_encoder(states)]
+        objects = model.objects(seen, states)
+        parts = [decoder.embed_tokens(bos), objects, model.state_encoder(states)]
         prefix = sum(part.shape[1] for part in parts)
         real, branch = [torch.ones(count, prefix, dtype=torch.bool)], [torch.full((prefix,), -1)]
         positions = [torch.arange(prefix).expand(count, -1)]
@@ -103,7 +104,8 @@ class PolicyNet(nn.Module):
             acting = self.action_rows[targets[:, :-1]]
             if config.parallel:
                 acting = model.action_queries[: targets.shape[1]].expand(count, -1, -1)
-            parts += [decoder.embed_tokens(torch.cat((ids, *words), 1)), acting]
+            text = model.ground(decoder.embed_tokens(ids), objects, ids.tolist())
+            parts += [text, decoder.embed_tokens(torch.cat(words, 1)) if words else text[:, :0], acting]
             length = longest + len(words) + acting.shape[1]
             missing = torch.tensor([longest - len(p) + 1 for p in prompts])
             here = torch.arange(length)[None] >= missing[:, None]

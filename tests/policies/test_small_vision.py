@@ -15,6 +15,7 @@ from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
 from steer_runtime.policies.openvla.config import HeatmapConfig, OpenVLAConfig, Slot, emit_config, parse_config
 from steer_runtime.policies.openvla.model import OpenVLAModel
+from steer_runtime.policies.openvla.object_tokens import named
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.policies.openvla.proprioception import state_vector
 from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
@@ -73,6 +74,7 @@ def test_config_survives_its_json() -> None:
         {"image_size": 48},
         {"heatmap": replace(HEAT, hidden=40)},
         {"heatmap": replace(HEAT, classes=("soup", "soup"))},
+        {"heatmap": replace(HEAT, words=((5,),))},
         {"chunk": 0},
         {"state_tokens": 0},
         {"slots": (Slot("pace", ("slow", "fast"), (5,)),)},
@@ -127,6 +129,8 @@ def test_an_inference_is_one_vision_pass_and_seven_forwards_an_action(policy: Op
 
 def test_words_are_said_first_and_actions_come_in_one_forward(speaking: OpenVLAPolicy) -> None:
     roles, seen = _Roles(), fabricate.make_observation(speaking)
+    speaking.reset()
+    told = speaking.word_logits(seen)
     speaking.announce_roles_to(roles)  # type: ignore[arg-type]
     try:
         chunk = speaking.infer(seen)
@@ -134,7 +138,6 @@ def test_words_are_said_first_and_actions_come_in_one_forward(speaking: OpenVLAP
         speaking.announce_roles_to(None)
     assert roles.heard[1:] == [["text"], ["text", *["action"] * 14]]
     assert speaking.towers["lm"].firings_per_inference == 3
-    told = speaking.word_logits(seen)
     for slot, word in zip(SLOTS, speaking.said, strict=True):
         best = int(told[slot.name].argmax())
         assert (word, chunk.notes[f"said_{slot.name}"]) == (slot.words[best], best)
@@ -142,6 +145,7 @@ def test_words_are_said_first_and_actions_come_in_one_forward(speaking: OpenVLAP
 
 def test_a_said_word_decides_the_actions(speaking: OpenVLAPolicy) -> None:
     seen, entry = fabricate.make_observation(speaking), speaking.model.embedding_entry
+    speaking.reset()
     before = speaking.logits(seen)
     table = speaking.model.language_model.model.embed_tokens.weight
 
@@ -196,6 +200,20 @@ def test_a_place_is_the_mean_of_its_heatmap() -> None:
         seen = tower.see(torch.randn(2, 6, 64, 64))
     assert seen.heatmap.shape == (2, 3, 256)
     torch.testing.assert_close(seen.place, torch.full((2, 3, 2), 0.5))
+
+
+def test_a_name_in_the_prompt_carries_the_objects_token() -> None:
+    words = ((5, 6), (6,), (9,))
+    found = named([[1, 4, 5, 6, 2], [0, 0, 9, 6, 5]], words)
+    assert found.shape == (2, 5, 3)
+    assert found.nonzero().tolist() == [[0, 3, 0], [0, 3, 1], [1, 2, 2], [1, 3, 1]]
+    policy = small_policy(heatmap=replace(HEAT, words=words))
+    model = policy.model
+    text, objects = torch.zeros(1, 5, 32), torch.randn(1, 3, 32)
+    grounded = model.ground(text, objects, [[1, 4, 5, 6, 2]])
+    torch.testing.assert_close(grounded[0, 3], objects[0, 0] + objects[0, 1])
+    assert not grounded[0, [0, 1, 2, 4]].any()
+    assert parse_config(emit_config(policy.config)) == policy.config
 
 
 def test_equal_rotations_give_equal_states() -> None:

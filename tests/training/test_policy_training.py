@@ -30,7 +30,7 @@ from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig, Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
-HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), hidden=64, blocks=1, heads=2)
+HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), words=((6,), (8,), (7,)), hidden=64, blocks=1, heads=2)
 SLOT_WORDS = tuple(
     Slot(name, words, tuple(range(at, at + len(words))))
     for (name, words), at in zip(SLOTS.items(), (40, 46, 50), strict=True)

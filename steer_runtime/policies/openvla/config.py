@@ -35,11 +35,14 @@ class ViTConfig:
 class HeatmapConfig:
     """The small tower of `vision_heatmap`, in place of the two ViTs. classes: object classes, one token each.
 
-    hidden: width on the coarsest grid; the convolutions before it have an eighth, a quarter and a half of it. blocks,
+    words: token ids of each class's name. A name in the prompt carries the object's token (interleaved prompts as in VIMA,
+    Jiang et al. 2022, arXiv 2210.03094), so that the language model need not first find out which object is meant; without
+    words it has to. hidden: width on the coarsest grid; the convolutions before it have an eighth, a quarter and a half of it. blocks,
     heads: of the transformer there.
     """
 
     classes: tuple[str, ...]
+    words: tuple[tuple[int, ...], ...] = ()
     hidden: int = 192
     blocks: int = 4
     heads: int = 6
@@ -202,6 +205,10 @@ def _heatmap_problems(heat: HeatmapConfig, image_size: int) -> list[str]:
         problems.append(f"heatmap hidden {heat.hidden} is not a multiple of 64 and of its {heat.heads} heads")
     if image_size % 32:
         problems.append(f"image_size {image_size} is not a multiple of 32, as the heatmap tower needs")
+    if heat.words and (len(heat.words) != len(heat.classes) or not all(heat.words)):
+        problems.append(
+            f"heatmap has {len(heat.classes)} classes and words for {len(heat.words)}: expected some for each"
+        )
     if heat.blocks < 1:
         problems.append("heatmap needs a block")
     return problems
@@ -285,7 +292,11 @@ def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
     siglip: ViTConfig | None = None
     if "heatmap" in ours:
         heat = dict(ours.pop("heatmap"))
-        ours["heatmap"] = HeatmapConfig(classes=tuple(str(c) for c in heat.pop("classes")), **heat)
+        ours["heatmap"] = HeatmapConfig(
+            classes=tuple(str(c) for c in heat.pop("classes")),
+            words=tuple(tuple(int(i) for i in ids) for ids in heat.pop("words", ())),
+            **heat,
+        )
     elif "dino" in ours and "siglip" in ours:
         dino, siglip = ViTConfig(**ours.pop("dino")), ViTConfig(**ours.pop("siglip"))
     elif raw.get("vision_backbone_id", _PUBLISHED_VISION) == _PUBLISHED_VISION:

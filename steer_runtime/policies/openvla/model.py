@@ -7,7 +7,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from steer_runtime.policies.openvla.config import OpenVLAConfig
-from steer_runtime.policies.openvla.object_tokens import ObjectProjector
+from steer_runtime.policies.openvla.object_tokens import ObjectProjector, named
 from steer_runtime.policies.openvla.proprioception import StateEncoder
 from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
 from steer_runtime.types import Role
@@ -178,13 +178,22 @@ class OpenVLAModel(nn.Module):
         assert self.state_encoder is not None
         return self.projector(geometry, self.state_encoder.normalise(state), state[:, :3])
 
+    def ground(self, text: Tensor, objects: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Prompt embeddings [B, n, d_model] with the object's token added where its name ends; prompts: their ids."""
+        heat = self.config.heatmap
+        if heat is None or not heat.words:
+            return text
+        return text + named(prompts, heat.words).to(text) @ objects.to(text.dtype)
+
     def embed(self, pixels: Tensor, prompt_ids: Tensor, state: Tensor | None = None) -> Tensor:
         """Prefill embeddings [B, patches + state_tokens + n, d_model]: BOS, image, state, rest of the prompt ids [B, n].
 
         state [B, STATE_SIZE] (see `proprioception`) where the configuration has state tokens, None where it has none.
         """
         text = self.language_model.model.embed_tokens(prompt_ids)
-        parts = [text[:, :1], self.vision(pixels, state).to(text.dtype)]
+        image = self.vision(pixels, state).to(text.dtype)
+        text = self.ground(text, image, prompt_ids.tolist())
+        parts = [text[:, :1], image]
         if self.state_encoder is not None:
             assert state is not None
             parts.append(self.state_encoder(state).to(text.dtype))

@@ -6,17 +6,32 @@ that reaches for things needs the difference, and a transformer computes differe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from steer_runtime.policies.openvla.config import OpenVLAConfig
-from steer_runtime.policies.openvla.proprioception import STATE_SIZE
+from steer_runtime.policies.openvla.proprioception import GAIN, STATE_SIZE
 from steer_runtime.policies.openvla.vision_heatmap import GEOMETRY
 
 _KIND = 32
 _WIDTH = 512
 _FAR, _NEAR = 0.1, 0.02
 """Scales of the offset from the hand, m: of a reach, and of a grasp (where it saturates)."""
+
+
+def named(prompts: Sequence[Sequence[int]], words: Sequence[Sequence[int]]) -> Tensor:
+    """float32 [B, longest, C]: 1 where a prompt token is the last of a class's name; prompts are aligned to the right."""
+    longest = max(len(prompt) for prompt in prompts)
+    out = torch.zeros(len(prompts), longest, len(words))
+    for row, prompt in enumerate(prompts):
+        ids, start = list(prompt), longest - len(prompt)
+        for column, name in enumerate(words):
+            for end in range(len(name), len(ids) + 1):
+                if ids[end - len(name) : end] == list(name):
+                    out[row, start + end - 1, column] = 1.0
+    return out
 
 
 class ObjectProjector(nn.Module):
@@ -47,4 +62,4 @@ class ObjectProjector(nn.Module):
         )  # fmt: skip
         hidden = nn.functional.gelu(self.fc1(torch.cat(told, -1)))
         hidden = hidden + nn.functional.gelu(self.fc2(hidden))
-        return self.fc3(hidden) + self.name
+        return GAIN * (self.fc3(hidden) + self.name)

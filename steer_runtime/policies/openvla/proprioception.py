@@ -18,6 +18,9 @@ STATE_SIZE = 12
 OPEN = -1.0
 """The gripper command before the first action: LIBERO's open."""
 _HIDDEN = 256
+GAIN = 30.0
+"""Size of soft tokens: beside what a pretrained layer writes into the residual stream (norms of 60 to 2000 in SmolLM2, where a
+word's embedding has 3), a small one would be gone after the first."""
 
 
 class StateEncoder(nn.Module):
@@ -40,7 +43,7 @@ class StateEncoder(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         hidden = nn.functional.gelu(self.fc1(self.normalise(state)))
-        return self.fc2(hidden).unflatten(-1, (self.tokens, -1))
+        return GAIN * self.fc2(hidden).unflatten(-1, (self.tokens, -1))
 
 
 def state_vector(state: np.ndarray, gripper_command: float) -> np.ndarray:
