@@ -15,6 +15,7 @@ from sim.benchmark import load_module
 from sim.demonstrations import as_seen
 from sim.expert import Decision
 from sim.scene import Scene, Snapshot
+from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import ActionChunk, Observation, Policy
 
 CAMERA_SIZE = 256
@@ -81,8 +82,8 @@ def observation_of(scene: Scene, instruction: str, size: int, step: int = 0) -> 
 
 def tell_gripper(policy: Policy, command: float) -> None:
     """Let a policy that remembers its last gripper command (-1 open, +1 close) know one that it did not give itself."""
-    if hasattr(policy, "_gripper"):
-        policy._gripper = 1.0 if command > 0 else -1.0
+    if isinstance(policy, OpenVLAPolicy):
+        policy.told_gripper(command)
 
 
 class SharedActor:

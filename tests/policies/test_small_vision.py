@@ -176,7 +176,7 @@ def test_each_camera_and_the_state_and_the_last_gripper_command_change_the_logit
     ):
         assert not torch.equal(policy.logits(changed)[0], before)
     policy.infer(seen)
-    policy._gripper = 1.0
+    policy.told_gripper(1.0)
     assert not torch.equal(policy.logits(seen)[0], before)
     policy.reset()
     assert torch.equal(policy.logits(seen)[0], before)

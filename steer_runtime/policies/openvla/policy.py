@@ -143,6 +143,10 @@ class OpenVLAPolicy:
         """Forget the last gripper command, all that is remembered, and only where proprioception is a token."""
         self._gripper = OPEN
 
+    def told_gripper(self, command: float) -> None:
+        """Somebody else commanded the gripper (above zero: close), so that is now the last command."""
+        self._gripper = 1.0 if command > 0 else OPEN
+
     @torch.inference_mode()
     def infer(self, observation: Observation) -> ActionChunk:
         """Actions float32 [chunk, 7] in LIBERO's action space, by one vision pass and `config.forwards` of the language model.
