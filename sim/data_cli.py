@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from sim.options import task_ids, words
+
 app = typer.Typer(name="data", help="Demonstrations: measure the scripted expert and record it.", no_args_is_help=True)
 
 Suite = Annotated[str, typer.Option(help="libero_object, libero_spatial or libero_goal.")]
@@ -52,10 +54,10 @@ def expert(
     plan = plans.episodes(
         suite,
         layouts,  # type: ignore[arg-type]
-        _words(styles),
+        words(styles),
         episodes,
         seed,
-        tasks=_task_ids(tasks),
+        tasks=task_ids(tasks),
         any_target=not own_target,
     )
     console = Console()
@@ -127,7 +129,10 @@ def record(
         str,
         typer.Option(help="DAgger: this policy (a YAML, or a name of configs/policies/) drives, the expert labels."),
     ] = "",
-    expert_share: Annotated[float, typer.Option(help="Share of the steps that the expert drives even so.")] = 0.3,
+    expert_share: Annotated[
+        float | None,
+        typer.Option(help="With --policy: share of the steps that the expert drives even so; default 0.3."),
+    ] = None,
 ) -> None:
     """Record the expert in LIBERO's HDF5 layout. Interrupt it at any moment; the same command goes on."""
     from rich.console import Console
@@ -136,29 +141,41 @@ def record(
     from sim.record import Progress, Recording
     from sim.record import record as record_all
     from sim.rollout import Noise
+    from steer_runtime.errors import SteerError
 
     if not no_images:
         use_software_rendering()
-    driver = None
+    driver, disturbed = None, noise or rotation_noise or gripper_noise
+    if policy and (no_images or disturbed):
+        given = "--no-images" if no_images else "noise"
+        raise SteerError(
+            "bad_recording",
+            f"--policy was given with {given}: a policy needs pictures and errs by itself; drop {given}",
+        )
+    if expert_share is not None and not policy:
+        raise SteerError(
+            "bad_recording", "--expert-share was given without --policy: the expert drives anyway; drop it"
+        )
     if policy:
+        from sim.evaluation.episodes import identity
         from steer_runtime.policies import load_policy
 
         driver = load_policy(policy)
     recording = Recording(
         suite=suite,
         layout=layouts,  # type: ignore[arg-type]
-        styles=_words(styles),
+        styles=words(styles),
         episodes=episodes,
         seed=seed,
-        tasks=_task_ids(tasks),
+        tasks=task_ids(tasks),
         any_target=not own_target,
         size=size,
         stride=stride,
         thin=not original_meshes,
         images=not no_images,
         noise=Noise(noise, rotation_noise, gripper=gripper_noise),
-        driver=driver.model_hash[:16] if driver is not None else "",
-        expert_share=expert_share if driver is not None else 1.0,
+        driver=identity(driver)["sha256"][:16] if driver is not None else "",
+        expert_share=1.0 if driver is None else 0.3 if expert_share is None else expert_share,
     )
     last: Progress | None = None
     with _bar() as bar:
@@ -241,18 +258,3 @@ def _bar():  # type: ignore[no-untyped-def]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _task_ids(text: str) -> tuple[int, ...] | None:
-    from steer_runtime.errors import SteerError
-
-    try:
-        return tuple(int(word) for word in _words(text)) or None
-    except ValueError:
-        raise SteerError(
-            "bad_tasks", f"--tasks {text[:80]!r} is not a list of task ids: expected for example 0,3,4"
-        ) from None

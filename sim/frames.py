@@ -1,8 +1,8 @@
 """Pictures for learning to see: real arm poses, objects teleported at random, positions known.
 
 Invariant: shard `n` of a folder depends only on the configuration and `n`. Nothing is simulated between frames, so a
-frame costs its rendering; arm poses come from the expert's disturbed episodes, EPISODES_PER_SHARD of them a shard. Frames look like those of
-episodes but for physics: what is held stays in the hand, everything else stands on the ground.
+frame costs its rendering; arm poses come from the expert's disturbed episodes, EPISODES_PER_SHARD of them a
+shard. Frames look like those of episodes but for physics: what is held stays in the hand, everything else stands on the ground.
 
     <folder>/recording.json          configuration and versions
     <folder>/shards/shard_N.hdf5     images {agentview, eye_in_hand}_rgb uint8 [n, H, W, 3] (rows as in LIBERO's files),

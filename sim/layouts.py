@@ -78,6 +78,14 @@ def targets(scene: Scene) -> tuple[str, ...]:
     return tuple(out)
 
 
+def require_kind(kind: str) -> None:
+    """Raises SteerError('unknown_layout')."""
+    if kind not in KINDS:
+        raise SteerError(
+            "unknown_layout", f"layout kind {kind[:40]!r} is not known: expected one of {', '.join(KINDS)}"
+        )
+
+
 def make(scene: Scene, kind: Kind, target: str, seed: int) -> Layout:
     """Draw a layout of one kind for one target.
 

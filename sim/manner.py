@@ -21,6 +21,12 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
     "care": ("carefully", "usual", "roughly"),
 }
 """Slot -> its words; a manner holds their indices."""
+CONCEPTS: Mapping[str, Mapping[int, Concept]] = {
+    "pace": {0: "slow", len(SLOTS["pace"]) - 1: "fast"},
+    "height": {len(SLOTS["height"]) - 1: "high"},
+    "care": {0: "careful"},
+}
+"""Slot -> index of a word -> what prompts call it; words without one are said by no prompt."""
 SPEEDS: tuple[float, ...] = (0.33, 0.48, 0.65, 0.9, 1.25)
 """Pace -> cap on the norm of the translation action."""
 HEIGHTS: tuple[float | None, ...] = (None, 0.20, 0.35)
@@ -58,13 +64,8 @@ class Manner:
 
     def concepts(self) -> tuple[Concept, ...]:
         """What prompts say of it: the ends of the slots only, nothing of what lies between."""
-        said: tuple[tuple[Concept, bool], ...] = (
-            ("slow", self.pace == 0),
-            ("fast", self.pace == 4),
-            ("high", self.height == 2),
-            ("careful", self.care == 0),
-        )
-        return tuple(concept for concept, holds in said if holds)
+        said = [CONCEPTS[slot].get(index) for slot, index in zip(SLOTS, astuple(self), strict=True)]
+        return tuple(concept for concept in said if concept is not None)
 
 
 PLAIN = Manner()

@@ -87,8 +87,8 @@ def tell_gripper(policy: Policy, command: float) -> None:
 
 
 class SharedActor:
-    """An `Actor` for DAgger (Ross et al. 2011, arXiv 1011.0686): blocks of `block` steps belong to the expert with probability `expert_share`, else
-    to the policy; the expert labels them all.
+    """An `Actor` for DAgger (Ross et al. 2011, arXiv 1011.0686): blocks of `block` steps belong to the expert with
+    probability `expert_share`, else to the policy; the expert labels them all.
 
     The expert's actions void the rest of the policy's chunk, and the policy learns what the gripper was told.
     """

@@ -6,7 +6,7 @@ is asked in every step whoever acts, so that recordings and corrections (DAgger)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -170,6 +170,20 @@ def _fingered(snapshot: Snapshot, target: str) -> bool:
     return bool(snapshot.touching[target] & {"left_finger", "right_finger", "robot"})
 
 
+def middle_height(carried: Sequence[tuple[np.ndarray, float]]) -> float | None:
+    """Mean height over the middle half of the way of what was carried; None where it did not pass there.
+
+    carried: place [2] and height of each step, in order, m.
+    """
+    if not carried:
+        return None
+    places, heights = np.array([place for place, _ in carried]), np.array([height for _, height in carried])
+    way = places[-1] - places[0]
+    share = (places - places[0]) @ way / max(float(way @ way), 1e-9)
+    middle = (share > 0.25) & (share < 0.75)
+    return float(heights[middle].mean()) if middle.any() else None
+
+
 class _Measure:
     """Speed, carrying height and drops of a running episode, from what is seen."""
 
@@ -196,15 +210,10 @@ class _Measure:
             return float(np.linalg.norm(np.diff(path, axis=0), axis=1).mean() * 20), float("nan"), self._drops
         end = self._carried[-1][0]
         path = np.array(self._eef[: end + 1])
-        places = np.array([place for _, place, _ in self._carried])
-        heights = np.array([height for _, _, height in self._carried])
-        way = places[-1] - places[0]
-        share = (places - places[0]) @ way / max(float(way @ way), 1e-9)
-        middle = (share > 0.25) & (share < 0.75)
-        height = float(heights[middle].mean()) if middle.any() else float("nan")
+        height = middle_height([(place, height) for _, place, height in self._carried])
         speed = float(np.linalg.norm(np.diff(path, axis=0), axis=1).mean() * 20)
         # The last loss of contact of an episode that ended well is the release.
-        return speed, height, max(self._drops - int(released), 0)
+        return speed, float("nan") if height is None else height, max(self._drops - int(released), 0)
 
 
 def scatter_arm(scene: Scene, layout: layouts.Layout, seed: int, steps: int = 30) -> layouts.Layout:

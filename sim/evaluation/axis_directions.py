@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sim.wordings import RESERVED
+from steer_runtime.cli.pocket import parse_layers
 from steer_runtime.directions.direction import Axis, Direction, Neurons
 from steer_runtime.directions.token_basis import TokenBasis
 from steer_runtime.errors import SteerError, nearest
@@ -100,6 +101,24 @@ def span_of(roles: Sequence[str], form: str) -> tuple[Role, ...]:
     chosen = tuple(roles) or (("text",) if form == "dense" else ROLES)
     span_bits(frozenset(chosen))  # type: ignore[arg-type]
     return chosen  # type: ignore[return-value]
+
+
+def spec(
+    policy: OpenVLAPolicy,
+    name: str,
+    form: str,
+    span: Sequence[str],
+    layers: str,
+    count: int,
+    alpha: float,
+    site: int,
+    norm: float,
+) -> AxisSpec:
+    """An axis from the options of a command. layers: as "4-7"; empty: the policy's later half. Raises as `AxisSpec`."""
+    later_half = range(policy.config.lm.layers // 2, policy.config.lm.layers)
+    chosen = tuple(parse_layers(layers)) if layers else tuple(later_half)
+    roles = span_of(span, form)
+    return AxisSpec(name, form, roles, chosen if form == "neurons" else (), count, alpha, site, norm)  # type: ignore[arg-type]
 
 
 def basis_of(policy: OpenVLAPolicy, axis: str) -> Basis:

@@ -114,7 +114,7 @@ def video(
     checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the policy file names.")] = None,
 ) -> None:
     """Film one axis of words at several strengths on the same layout, side by side."""
-    from sim import layouts
+    from sim import layouts, options
     from sim.benchmark import require_versions, use_software_rendering
     from sim.demonstrations import write_atomically
     from sim.evaluation import axis as axes
@@ -122,29 +122,16 @@ def video(
     from sim.evaluation.episodes import Setting, Trial, chosen_tasks, start
     from sim.scene import Scene
     from sim.video import mp4, side_by_side
-    from steer_runtime.cli.pocket import parse_layers
-    from steer_runtime.errors import SteerError
     from steer_runtime.policies import load_policy
 
     setting = Setting(suite=suite, meshes=meshes, size=size, limit=limit)  # type: ignore[arg-type]
     (chosen,) = chosen_tasks(suite, [task])
-    if layout not in layouts.KINDS:
-        raise SteerError("unknown_layout", f"layout {layout[:40]!r} is not known: expected {', '.join(layouts.KINDS)}")
-    wanted = _strengths(strengths)
+    layouts.require_kind(layout)
+    wanted = options.strengths(strengths)
     require_versions()
     use_software_rendering()
     loaded = load_policy(policy, checkpoint=checkpoint)
-    later_half = range(loaded.config.lm.layers // 2, loaded.config.lm.layers)
-    spec = making.AxisSpec(
-        name=axis,
-        form=form,  # type: ignore[arg-type]
-        span=making.span_of([role.strip() for role in span.split(",") if role.strip()], form),
-        layers=(tuple(parse_layers(layers)) if layers else tuple(later_half)) if form == "neurons" else (),
-        count=count,
-        alpha=alpha,
-        site=site,
-        size=norm,
-    )
+    spec = making.spec(loaded, axis, form, options.words(span), layers, count, alpha, site, norm)
     draws = making.make(loaded, spec, making.basis_of(loaded, axis), 0, 0)
     panels = []
     with Scene(suite, chosen, render=True) as scene, axes.Steered(loaded, draws) as steered:
@@ -167,17 +154,3 @@ def video(
     path = out or Path("out/eval") / f"{loaded.name}-{axis}.mp4"
     write_atomically(path, mp4(side_by_side(title, panels), _FPS, quality=26))
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-
-
-def _strengths(text: str) -> tuple[float, ...]:
-    from steer_runtime.errors import SteerError
-
-    try:
-        found = tuple(float(word) for word in text.split(",") if word.strip())
-    except ValueError:
-        found = ()
-    if not found or any(not -1 <= value <= 1 for value in found):
-        raise SteerError(
-            "bad_strength", f"--strengths {text[:80]!r} is not usable: expected numbers from -1 to 1, such as -1,0,1"
-        )
-    return found

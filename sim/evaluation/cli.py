@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sim import options
 from sim.evaluation import axis_video
+from sim.options import task_ids, words
 
 if TYPE_CHECKING:
     from sim.evaluation.episodes import Setting, Trial
@@ -34,7 +36,7 @@ Checkpoint = Annotated[Path | None, typer.Option(help="Another checkpoint direct
 
 
 @app.command(
-    epilog="Examples:  steer eval success pocket  ·  steer eval success pocket --layouts random --episodes 100"
+    epilog="Examples:  steer eval success pocket-libero  ·  steer eval success pocket-libero --layouts random --episodes 100"
 )
 def success(
     policy: Policy,
@@ -56,17 +58,14 @@ def success(
     from sim.evaluation import episodes as runs
     from sim.evaluation import manner as manners
     from sim.evaluation.success import summarise
-    from sim.layouts import KINDS
+    from sim.layouts import require_kind
     from steer_runtime.errors import SteerError, nearest
 
     setting = _setting(suite=suite, meshes=meshes, size=size, split=split, limit=limit)
     if style not in manners.STYLES:
         raise SteerError("unknown_style", f"style {style[:40]!r} is not known: {nearest(style, manners.STYLES)}")
-    if layouts not in KINDS:
-        raise SteerError(
-            "unknown_layout", f"layout kind {layouts[:40]!r} is not known: expected one of {', '.join(KINDS)}"
-        )
-    chosen, concepts = runs.chosen_tasks(suite, _task_ids(tasks)), manners.STYLES[style]
+    require_kind(layouts)
+    chosen, concepts = runs.chosen_tasks(suite, task_ids(tasks)), manners.STYLES[style]
     if layouts == "official":
         trials = runs.official(chosen, initial_states, concepts)
     else:
@@ -78,7 +77,7 @@ def success(
     run.episodes(trials, lambda rows: summarise(rows, layouts))
 
 
-@app.command(epilog="Examples:  steer eval grounding pocket --episodes 100")
+@app.command(epilog="Examples:  steer eval grounding pocket-libero --episodes 100")
 def grounding(
     policy: Policy,
     suite: Suite = "libero_object",
@@ -103,14 +102,16 @@ def grounding(
     if until not in ("lifted", "placed"):
         raise SteerError("bad_until", f"--until {until[:40]!r} is not known: expected lifted or placed")
     setting = _setting(suite=suite, meshes=meshes, size=size, limit=limit, until=until)
-    chosen = runs.chosen_tasks(suite, _task_ids(tasks))
+    chosen = runs.chosen_tasks(suite, task_ids(tasks))
     plan = trials(chosen, episodes, seed, instructions)
     more = {"instructions": instructions, "tasks": list(chosen), "seed": seed}
     run = _Run(policy, checkpoint, "grounding", "grounding", out, setting, more)
     run.episodes(plan, lambda rows: summarise(rows, instructions))
 
 
-@app.command(epilog="Examples:  steer eval manner pocket --layouts 30  ·  steer eval manner pocket --split held_out")
+@app.command(
+    epilog="Examples:  steer eval manner pocket-libero --layouts 30  ·  steer eval manner pocket-libero --split held_out"
+)
 def manner(
     policy: Policy,
     suite: Suite = "libero_object",
@@ -129,26 +130,23 @@ def manner(
     """Does it move as its prompt says? Speed quickly : slowly and carrying height high minus plain, on equal layouts."""
     from sim.evaluation import episodes as runs
     from sim.evaluation.manner import STYLES, summarise, trials
-    from sim.layouts import KINDS
+    from sim.layouts import require_kind
     from steer_runtime.errors import SteerError, nearest
 
-    chosen_styles = _words(styles)
+    chosen_styles = words(styles)
     for style in chosen_styles or ("",):
         if style not in STYLES:
             raise SteerError("unknown_style", f"style {style[:40]!r} is not known: {nearest(style, STYLES)}")
-    if kind not in KINDS:
-        raise SteerError(
-            "unknown_layout", f"layout kind {kind[:40]!r} is not known: expected one of {', '.join(KINDS)}"
-        )
+    require_kind(kind)
     setting = _setting(suite=suite, meshes=meshes, size=size, split=split, limit=limit)
-    chosen = runs.chosen_tasks(suite, _task_ids(tasks))
+    chosen = runs.chosen_tasks(suite, task_ids(tasks))
     plan = trials(chosen, layouts, seed, kind, chosen_styles)  # type: ignore[arg-type]
     more = {"kind": kind, "tasks": list(chosen), "seed": seed}
     name = "manner" if split == "train" else f"manner-{split}"
     _Run(policy, checkpoint, "manner", name, out, setting, more).episodes(plan, summarise)
 
 
-@app.command(epilog="Examples:  steer eval rate pocket  ·  steer eval rate pocket --threads 1")
+@app.command(epilog="Examples:  steer eval rate pocket-libero  ·  steer eval rate pocket-libero --threads 1")
 def rate(
     policy: Policy,
     inferences: Annotated[int, typer.Option(min=1, help="Timed ones.")] = 50,
@@ -180,7 +178,9 @@ def rate(
     _finish_without_episodes(loaded, "rate", out, setting, more, rates.summarise(loaded, timings, threads))
 
 
-@app.command(epilog="Examples:  steer eval labels pocket  ·  steer eval labels pocket-untrained --kept 0-3,26-29")
+@app.command(
+    epilog="Examples:  steer eval labels pocket-libero  ·  steer eval labels pocket-untrained --kept 0-3,26-29"
+)
 def labels(
     policy: Policy,
     layers: Annotated[
@@ -209,8 +209,8 @@ def labels(
 
 
 @app.command(
-    epilog="Examples:  steer eval axis pocket --axis speed --form dense  ·  "
-    "steer eval axis pocket --axis height --form neurons --layers 4-7 --alpha 8 --episodes 0"
+    epilog="Examples:  steer eval axis pocket-libero --axis speed --form dense  ·  "
+    "steer eval axis pocket-libero --axis height --form neurons --layers 4-7 --alpha 8 --episodes 0"
 )
 def axis(
     policy: Policy,
@@ -259,26 +259,15 @@ def axis(
     from sim.evaluation import episodes as runs
     from sim.evaluation.bank import BankSpec, bank, bank_path
     from sim.evaluation.results import results
-    from steer_runtime.cli.pocket import parse_layers
 
     setting = _setting(suite=suite, meshes=meshes, size=size, limit=limit)
-    chosen = runs.chosen_tasks(suite, _task_ids(tasks))
+    chosen = runs.chosen_tasks(suite, task_ids(tasks))
     use_software_rendering()
     loaded = load(policy, checkpoint)
-    later_half = range(loaded.config.lm.layers // 2, loaded.config.lm.layers)
-    spec = making.AxisSpec(
-        name=axis,
-        form=form,  # type: ignore[arg-type]
-        span=making.span_of(_words(span), form),
-        layers=(tuple(parse_layers(layers)) if layers else tuple(later_half)) if form == "neurons" else (),
-        count=count,
-        alpha=alpha,
-        site=site,
-        size=norm,
-    )
+    spec = making.spec(loaded, axis, form, words(span), layers, count, alpha, site, norm)
     basis = making.basis_of(loaded, axis)
     draws = making.make(loaded, spec, basis, random_draws, seed)
-    wanted = axes.conditions(draws, _numbers(strengths))
+    wanted = axes.conditions(draws, options.strengths(strengths))
     tested = [c for c in wanted if c.kind in (axes.OFF, "words")]
     drawn = [c for c in wanted if c not in tested]
     layouts = runs.randomised(chosen, episodes, seed) if episodes else []
@@ -451,29 +440,3 @@ def _setting(**values: Any) -> Setting:
     from sim.evaluation.episodes import Setting
 
     return Setting(**values)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    from steer_runtime.errors import SteerError
-
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError:
-        raise SteerError(
-            "bad_strength", f"--strengths {text[:80]!r} is not a list of numbers: expected for example 0.5,1"
-        ) from None
-
-
-def _task_ids(text: str) -> tuple[int, ...] | None:
-    from steer_runtime.errors import SteerError
-
-    try:
-        return tuple(int(word) for word in _words(text)) or None
-    except ValueError:
-        raise SteerError(
-            "bad_tasks", f"--tasks {text[:80]!r} is not a list of task ids: expected for example 0,3,4"
-        ) from None

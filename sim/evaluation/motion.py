@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sim.rollout import middle_height
 from sim.scene import Snapshot
 
 RATE_HZ = 20.0
@@ -92,20 +93,10 @@ class Watch:
             placed=self.placed,
             speed=float(speeds.mean()) if len(speeds) else None,
             near_speed=float(np.mean(self._near)) if self._near else None,
-            height=self._height(),
+            height=middle_height([(place, height) for _, place, height in self._carried]),
         )
 
     def _is_lifted(self, snapshot: Snapshot, name: str) -> bool:
         if not (snapshot.squeezed(name) and snapshot.airborne(name)):
             return False
         return float(snapshot.boxes[name].low[2]) > self._ground[name] + LIFTED
-
-    def _height(self) -> float | None:
-        if not self._carried:
-            return None
-        places = np.array([place for _, place, _ in self._carried])
-        heights = np.array([height for _, _, height in self._carried])
-        way = places[-1] - places[0]
-        share = (places - places[0]) @ way / max(float(way @ way), 1e-9)
-        middle = (share > 0.25) & (share < 0.75)
-        return float(heights[middle].mean()) if middle.any() else None

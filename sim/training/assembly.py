@@ -19,6 +19,7 @@ from sim.manner import SLOTS
 from sim.training.settings import PolicyTraining
 from sim.training.vision_weights import TowerFile
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.actions import read_statistics
 from steer_runtime.policies.openvla.base import EMBEDDING, layer_tensors, read_base
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
 from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, Slot
@@ -58,7 +59,8 @@ def assemble(settings: PolicyTraining, vision: TowerFile, tokenizer: Any) -> Ope
             tied=True,
         ),
         usable_vocab=base.words + _BINS,
-        heatmap=replace(vision.heat, words=words),
+        heatmap=vision.heat,
+        names=words,
         base=base,
         state_tokens=settings.state_tokens,
         chunk=settings.chunk,
@@ -96,10 +98,11 @@ def slots(tokenizer: Any) -> tuple[Slot, ...]:
     return tuple(out)
 
 
-def go_on(model: OpenVLAModel, start: Path) -> str:
-    """Fill everything but the vision tower from a finished policy of the same shape; returns the policy's sha256.
+def go_on(model: OpenVLAModel, start: Path, suite: str) -> tuple[str, dict[str, Any]]:
+    """Fill everything but the vision tower from a finished policy of the same shape.
 
-    Raises SteerError as `load_checkpoint`, and 'other_checkpoint' for a policy of another shape.
+    Returns the policy's sha256 and its action statistics of the suite, as dataset_statistics.json has them. Raises
+    SteerError as `load_checkpoint` and `read_statistics`, and 'other_checkpoint' for a policy of another shape.
     """
     there, _ = load_checkpoint(start, dtype=torch.float32)
     ours = {n: p for n, p in model.named_parameters() if not n.startswith("heatmap.")}
@@ -107,10 +110,11 @@ def go_on(model: OpenVLAModel, start: Path) -> str:
     different = sorted({n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs}) or sorted(
         n for n in ours if ours[n].shape != theirs[n].shape
     )
-    if different or there.config.slots != model.config.slots:
+    said = (there.config.slots, there.config.names, there.config.prompt)
+    if different or said != (model.config.slots, model.config.names, model.config.prompt):
         raise SteerError(
             "other_checkpoint",
-            f"{start} is a policy of another shape ({', '.join(different[:3]) or 'other slots'}): train without `start`",
+            f"{start} is a policy of another shape ({', '.join(different[:3]) or 'other words'}): train without `start`",
         )
     with torch.no_grad():
         for name, parameter in ours.items():
@@ -118,7 +122,9 @@ def go_on(model: OpenVLAModel, start: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(start.glob("*.safetensors")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
+    known = read_statistics(start, there.config, suite)
+    action = {"q01": list(known.q01), "q99": list(known.q99), "mask": list(known.mask)}
+    return digest.hexdigest(), {suite: {"action": action}}
 
 
 @torch.no_grad()

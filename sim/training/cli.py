@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,9 +75,16 @@ def policy(
         raise SteerError("exists", f"{finished} exists already: remove it or train under another name")
 
     def load(folders: tuple[Path, ...]) -> DemonstrationData:
-        return load_demonstrations(
-            [data / f for f in folders], tower.heat.classes, settings.chunk, tower.tower, tower.digest, out / "seen"
-        )
+        with _counting("episodes") as tick:
+            return load_demonstrations(
+                [data / f for f in folders],
+                tower.heat.classes,
+                settings.chunk,
+                tower.tower,
+                tower.digest,
+                out / "seen",
+                tick,
+            )
 
     learnt = load(settings.demonstrations)
     held_out = {"held_out": load(settings.held_out)} if settings.held_out else {}
@@ -83,17 +92,19 @@ def policy(
     with_action_tokens(tokenizer)
     model = assemble(settings, tower, tokenizer)
     origin = {"vision_sha256": tower.digest}
+    table: dict[str, Any] | None = None
     if settings.start is not None:
-        origin["start_sha256"] = go_on(model, (config.parent / settings.start).resolve())
+        origin["start_sha256"], table = go_on(model, (config.parent / settings.start).resolve(), settings.suite)
     teaching = None
     if settings.distillation.weight:
         spec = settings.distillation
         path = out / f"teaching-{settings.seed}-{spec.texts}-{spec.length}-{spec.top}.safetensors"
-        teaching = kept(path, partial(teach, source, spec, settings.seed, model.config.lm.bos_token_id))
+        with _counting("texts that SmolLM2 writes") as tick:
+            teaching = kept(path, partial(teach, source, spec, settings.seed, model.config.lm.bos_token_id, tick))
     typer.echo(f"samples: train {len(learnt)}, " + ", ".join(f"{k} {len(v)}" for k, v in held_out.items()), err=True)
     base = model.config.base
     origin["smollm2_sha256"] = base.sha256 if base else ""
-    subject = PolicySubject(settings, model, tokenizer, learnt, held_out, teaching=teaching, origin=origin)
+    subject = PolicySubject(settings, model, tokenizer, learnt, held_out, teaching=teaching, origin=origin, table=table)
     result = _run(settings, subject, folder, minutes)
     if result.finished:
         card = _card(settings, subject, result, {"samples": len(learnt), "episodes": int(learnt.episode.max()) + 1})
@@ -152,6 +163,18 @@ def _card(
         "versions": versions(),
         "licence": "Apache-2.0; trained on renderings of LIBERO's scenes (MIT)",
     }
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; the function given hears how many are done of how many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        job = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(job, completed=done, total=total)
 
 
 def _run(settings: Common, subject: Subject, folder: Path, minutes: float | None) -> Result:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sim.manner import SLOTS, Manner
+from sim.manner import CONCEPTS, SLOTS, Manner
 from sim.training.demonstration_data import DemonstrationData, normalised, statistics
 from sim.training.distillation import Teaching, distillation_loss, label_survival
 from sim.training.low_rank import adapt, merge
@@ -26,7 +26,7 @@ from sim.wordings import instruction_for
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import prompt_text
-from steer_runtime.policies.openvla.vision_heatmap import geometry
+from steer_runtime.policies.openvla.vision_heatmap import PARTS, geometry
 
 _SCORED = 256
 """Held-out samples that a validation scores, spread evenly."""
@@ -174,16 +174,18 @@ class PolicySubject:
         *,
         teaching: Teaching | None = None,
         origin: Mapping[str, str] | None = None,
+        table: Mapping[str, Any] | None = None,
     ) -> None:
-        """origin: name -> hash of the weights that `model` brings along."""
+        """origin: name -> hash of the weights that `model` brings along. table: dataset_statistics.json of the policy
+        that `model` goes on from, whose scales are kept: its action tokens mean nothing by others."""
         self._settings, self._held_out, self._teaching = settings, dict(held_out), teaching
         self._parts = {"train": data, **self._held_out}
         self._origin = dict(origin or {})
         torch.manual_seed(settings.seed)
         config = model.config
-        self.table = statistics(data, settings.suite)
+        self.table = statistics(data, settings.suite) if table is None else dict(table)
         self._statistics = select_statistics(self.table, settings.suite, "the demonstrations")
-        if not self._origin.get("start_sha256"):
+        if table is None:
             _set_scales(model, data)
         self._down_before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.language_model.model.layers]
         self.net = PolicyNet(model, settings)
@@ -393,17 +395,14 @@ def word_weights(data: DemonstrationData, tell: float, plain: float = 0.6) -> li
 
 
 def _mentioned(manners: Tensor, told: Tensor) -> Tensor:
-    """bool [B, slots]: prompts say the ends of the slots only (`Manner.concepts`)."""
-    ends = torch.zeros_like(told)
-    ends[:, 0] = (manners[:, 0] == 0) | (manners[:, 0] == len(SLOTS["pace"]) - 1)
-    ends[:, 1] = manners[:, 1] == len(SLOTS["height"]) - 1
-    ends[:, 2] = manners[:, 2] == 0
-    return ends & told
+    """bool [B, slots]: whether the prompt says this slot: it is told, and the word is one that prompts can say."""
+    sayable = [torch.tensor([i in CONCEPTS[slot] for i in range(len(words))]) for slot, words in SLOTS.items()]
+    return torch.stack([can[manners[:, i]] for i, can in enumerate(sayable)], 1) & told
 
 
 def disturbed(exact: Tensor, size: float) -> Tensor:
     """Geometry [B, C, GEOMETRY] with errors as a tower makes them; size: of a position, m, one object in 25 far worse."""
-    place, position, present, wrist_place, wrist_present = exact.split((2, 3, 1, 2, 1), -1)
+    place, position, present, wrist_place, wrist_present = exact.split(PARTS, -1)
     bad = (torch.rand_like(present) < 0.04).float()
     spread = size + bad * _OUTLIER
     flip = (torch.rand_like(wrist_present) < 0.04).float()
@@ -425,6 +424,5 @@ def _set_scales(model: OpenVLAModel, data: DemonstrationData) -> None:
     assert model.state_encoder is not None
     model.state_encoder.mean.copy_(data.states.mean(0))
     model.state_encoder.scale.copy_(data.states.std(0).clamp(min=1e-3))
-    there = data.exact[..., 5] > 0
-    centre = model.projector.get_parameter("centre")
-    centre.copy_(data.exact[..., 2:5][there].mean(0))
+    _, position, present, _, _ = data.exact.split(PARTS, -1)
+    model.projector.get_parameter("centre").copy_(position[present[..., 0] > 0].mean(0))

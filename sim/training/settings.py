@@ -27,7 +27,7 @@ class Common(_Strict):
     """What every training has. Learning rate: linear warm-up, then half a cosine down to `final_rate` of its peak.
 
     steps: optimiser steps. gradient_norm: clipping. threads: of torch. keep: checkpoints kept. precision: bfloat16 has
-    torch's autocast multiply in it (twice as fast where the processor has AVX512-BF16), weights stay float32.
+    torch's autocast multiply in it (a step took two thirds of the time on a processor with AVX512-BF16), weights stay float32.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -116,9 +116,9 @@ class PolicyTraining(Common):
     """`kind: policy`. demonstrations, held_out: recordings of `steer data record`, below the data directory.
 
     vision: folder of vision weights, beside this file or absolute; the tower stays frozen. start: a finished policy to
-    go on from. state_tokens, chunk: of the policy; parallel: its action tokens are decoded in one forward. others: further labels of a sample
-    in a step. tell: chance
-    that a prompt says a manner that it could say. seen_share: of samples with pictures that are shown as the tower sees
+    go on from, with its action statistics. state_tokens, chunk: of the policy; parallel: its action tokens are decoded in
+    one forward. others: further labels of a sample in a step. tell: chance that a prompt says a manner that it could say.
+    seen_share: of samples with pictures that are shown as the tower sees
     them, others exactly but for sight_noise (m). smoothing: width of the action targets in bins. embedding_noise:
     standard deviation of the noise on all embeddings, in units of the word embeddings' own; state_noise: on normalised
     proprioception. gripper_weight: of the gripper's token in the loss; word_weight: of the said words;

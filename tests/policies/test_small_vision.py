@@ -74,7 +74,13 @@ def test_config_survives_its_json() -> None:
         {"image_size": 48},
         {"heatmap": replace(HEAT, hidden=40)},
         {"heatmap": replace(HEAT, classes=("soup", "soup"))},
-        {"heatmap": replace(HEAT, words=((5,),))},
+        {"names": ((5,),)},
+        {
+            "heatmap": None,
+            "dino": fabricate.tiny_config().dino,
+            "siglip": fabricate.tiny_config().siglip,
+            "names": ((5,),),
+        },
         {"chunk": 0},
         {"state_tokens": 0},
         {"slots": (Slot("pace", ("slow", "fast"), (5,)),)},
@@ -207,7 +213,7 @@ def test_a_name_in_the_prompt_carries_the_objects_token() -> None:
     found = named([[1, 4, 5, 6, 2], [0, 0, 9, 6, 5]], words)
     assert found.shape == (2, 5, 3)
     assert found.nonzero().tolist() == [[0, 3, 0], [0, 3, 1], [1, 2, 2], [1, 3, 1]]
-    policy = small_policy(heatmap=replace(HEAT, words=words))
+    policy = small_policy(names=words)
     model = policy.model
     text, objects = torch.zeros(1, 5, 32), torch.randn(1, 3, 32)
     grounded = model.ground(text, objects, [[1, 4, 5, 6, 2]])

@@ -11,8 +11,9 @@ from pathlib import Path
 import fabricate
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from sim import demonstrations, layouts
+from sim import data_cli, demonstrations, layouts
 from sim.benchmark import use_software_rendering, versions
 from sim.expert import decide
 from sim.frames import Frames, record_frames
@@ -328,3 +329,18 @@ def test_a_policy_drives_and_the_expert_labels_what_it_gets_into(
     # An untrained policy that agreed with the expert would be a wonder.
     assert not (executed == labels).all(1).any()
     assert demo.arrays["counterfactual/actions"].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--policy", "pocket-untrained", "--no-images"], "drop --no-images"),
+        (["--policy", "pocket-untrained", "--noise", "0.2"], "drop noise"),
+        (["--expert-share", "0.5"], "without --policy"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: list[str], said: str, tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(data_cli.app, ["record", str(tmp_path / "new"), *options])
+    assert isinstance(outcome.exception, SteerError)
+    assert said in str(outcome.exception)
+    assert not (tmp_path / "new").exists()

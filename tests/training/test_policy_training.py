@@ -30,7 +30,7 @@ from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig, Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
-HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), words=((6,), (8,), (7,)), hidden=64, blocks=1, heads=2)
+HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), hidden=64, blocks=1, heads=2)
 SLOT_WORDS = tuple(
     Slot(name, words, tuple(range(at, at + len(words))))
     for (name, words), at in zip(SLOTS.items(), (40, 46, 50), strict=True)
@@ -50,7 +50,7 @@ def tiny_model(parallel: bool = True) -> OpenVLAModel:
     lm = LMConfig(vocab_rows=384, d_model=32, d_ff=64, layers=3, heads=4, kv_heads=2, tied=True)
     config = fabricate.tiny_config(
         dino=None, siglip=None, heatmap=HEAT, lm=lm, image_size=64, state_tokens=2, chunk=2, trained=True,
-        slots=SLOT_WORDS, parallel=parallel, prompt=PROMPT,
+        names=((6,), (8,), (7,)), slots=SLOT_WORDS, parallel=parallel, prompt=PROMPT,
     )  # fmt: skip
     torch.manual_seed(0)
     model = OpenVLAModel(config)
@@ -305,13 +305,19 @@ def test_a_dimension_that_hardly_moves_is_not_blown_up(data: DemonstrationData) 
 def test_a_run_can_go_on_from_a_finished_policy(data: DemonstrationData, tmp_path: Path) -> None:
     subject, _ = run(data, tmp_path / "run")
     model = subject.net.settle()
+    # Statistics that this data would not give: going on keeps them.
+    subject.table["libero_object"]["action"]["q99"][0] = 7.0  # type: ignore[index]
     write_policy(model, tmp_path / "policy", subject.table, {}, dtype=torch.float32)
     again = tiny_model()
     sight = {name: p.clone() for name, p in again.heatmap.named_parameters()}
-    assert len(go_on(again, tmp_path / "policy")) == 64
+    digest, table = go_on(again, tmp_path / "policy", "libero_object")
+    assert len(digest) == 64
+    further = PolicySubject(settings(), again, fabricate.tiny_tokenizer(), data, {}, table=table)
+    assert further.table["libero_object"]["action"] == subject.table["libero_object"]["action"]  # type: ignore[index]
+    assert torch.equal(again.state_encoder.mean, model.state_encoder.mean)  # type: ignore[union-attr]
     ours, theirs = dict(again.named_parameters()), dict(model.named_parameters())
     assert all(torch.equal(p, theirs[n]) for n, p in ours.items() if not n.startswith("heatmap."))
     assert all(torch.equal(p, sight[n]) for n, p in again.heatmap.named_parameters())
     with pytest.raises(SteerError, match="another shape") as refused:
-        go_on(tiny_model(parallel=False), tmp_path / "policy")
+        go_on(tiny_model(parallel=False), tmp_path / "policy", "libero_object")
     assert refused.value.code == "other_checkpoint"

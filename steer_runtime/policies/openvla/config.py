@@ -35,14 +35,11 @@ class ViTConfig:
 class HeatmapConfig:
     """The small tower of `vision_heatmap`, in place of the two ViTs. classes: object classes, one token each.
 
-    words: token ids of each class's name. A name in the prompt carries the object's token (interleaved prompts as in VIMA,
-    Jiang et al. 2022, arXiv 2210.03094), so that the language model need not first find out which object is meant; without
-    words it has to. hidden: width on the coarsest grid; the convolutions before it have an eighth, a quarter and a half of it. blocks,
+    hidden: width on the coarsest grid; the convolutions before it have an eighth, a quarter and a half of it. blocks,
     heads: of the transformer there.
     """
 
     classes: tuple[str, ...]
-    words: tuple[tuple[int, ...], ...] = ()
     hidden: int = 192
     blocks: int = 4
     heads: int = 6
@@ -78,13 +75,15 @@ class LMConfig:
 class OpenVLAConfig:
     """Architecture and token conventions (Kim et al. 2024, arXiv 2406.09246, and its HF modelling code).
 
-    The vision is dino and siglip together, as published, or heatmap alone; then patch is the side of the image that one
-    of its patch tokens stands for. state_tokens: soft tokens of proprioception between image and prompt (published: 0).
+    The vision is dino and siglip together, as published, or heatmap alone, which has no patches. names: token ids of
+    each heatmap class's name, or none; a name in the prompt carries that object's token (prompts interleaved as in VIMA,
+    Jiang et al. 2022, arXiv 2210.03094), so that the language model need not first find out which one is meant.
+    state_tokens: soft tokens of proprioception between image and prompt (published: 0).
     chunk: actions of one inference (published: 1). slots: words said after the prompt and before the actions, decoded
     greedily among each slot's own (as RT-H says its motion, Belkhale et al. 2024, arXiv 2403.01823; published: none).
     parallel: all action tokens in one forward, from learnt queries (OpenVLA-OFT, Kim et al. 2025, arXiv 2502.19645);
-    published: one forward a token. prompt: text around the instruction. base: a published file that holds part of the weights.
-    usable_vocab: first id that is not a token; action tokens are the n_bins ids below it. append_token_id: the token
+    published: one forward a token. prompt: text around the instruction. base: a published file that holds part of the
+    weights. usable_vocab: first id that is not a token; action tokens are the n_bins ids below it. append_token_id: the token
     Llama's tokenizer puts after "Out:" in training (29871), None for tokenizers without it. restrict_to_action_tokens:
     decode among action tokens only; the published policy decodes among all. trained: False for random weights.
     """
@@ -94,6 +93,7 @@ class OpenVLAConfig:
     dino: ViTConfig | None = None
     siglip: ViTConfig | None = None
     heatmap: HeatmapConfig | None = None
+    names: tuple[tuple[int, ...], ...] = ()
     base: BaseConfig | None = None
     state_tokens: int = 0
     chunk: int = 1
@@ -130,6 +130,11 @@ class OpenVLAConfig:
                 problems.append(f"{tower} depth {vit.depth} leaves no second-to-last block")
         if self.heatmap is not None:
             problems += _heatmap_problems(self.heatmap, self.image_size)
+        classes = 0 if self.heatmap is None else len(self.heatmap.classes)
+        if self.names and (len(self.names) != classes or not all(self.names)):
+            problems.append(
+                f"{len(self.names)} names for {classes} heatmap classes: expected one of some tokens for each"
+            )
         if self.state_tokens < 0 or self.chunk < 1:
             problems.append(f"state_tokens {self.state_tokens} or chunk {self.chunk} is too small")
         if self.heatmap is not None and not self.state_tokens:
@@ -205,10 +210,6 @@ def _heatmap_problems(heat: HeatmapConfig, image_size: int) -> list[str]:
         problems.append(f"heatmap hidden {heat.hidden} is not a multiple of 64 and of its {heat.heads} heads")
     if image_size % 32:
         problems.append(f"image_size {image_size} is not a multiple of 32, as the heatmap tower needs")
-    if heat.words and (len(heat.words) != len(heat.classes) or not all(heat.words)):
-        problems.append(
-            f"heatmap has {len(heat.classes)} classes and words for {len(heat.words)}: expected some for each"
-        )
     if heat.blocks < 1:
         problems.append("heatmap needs a block")
     return problems
@@ -283,6 +284,8 @@ def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
         base = dict(ours.pop("base"))
         numbers, names = tuple(int(i) for i in base.pop("layers")), tuple(str(t) for t in base.pop("tensors"))
         ours["base"] = BaseConfig(**base, layers=numbers, tensors=names)
+    if "names" in ours:
+        ours["names"] = tuple(tuple(int(i) for i in ids) for ids in ours["names"])
     if "slots" in ours:
         ours["slots"] = tuple(
             Slot(str(s["name"]), tuple(str(w) for w in s["words"]), tuple(int(i) for i in s["ids"]))
@@ -292,11 +295,7 @@ def parse_config(raw: Mapping[str, Any]) -> OpenVLAConfig:
     siglip: ViTConfig | None = None
     if "heatmap" in ours:
         heat = dict(ours.pop("heatmap"))
-        ours["heatmap"] = HeatmapConfig(
-            classes=tuple(str(c) for c in heat.pop("classes")),
-            words=tuple(tuple(int(i) for i in ids) for ids in heat.pop("words", ())),
-            **heat,
-        )
+        ours["heatmap"] = HeatmapConfig(classes=tuple(str(c) for c in heat.pop("classes")), **heat)
     elif "dino" in ours and "siglip" in ours:
         dino, siglip = ViTConfig(**ours.pop("dino")), ViTConfig(**ours.pop("siglip"))
     elif raw.get("vision_backbone_id", _PUBLISHED_VISION) == _PUBLISHED_VISION:

@@ -57,7 +57,8 @@ OWN_ROWS = "language_model.model.embed_tokens.own_rows"
 def entries(config: OpenVLAConfig) -> list[Entry]:
     """Every tensor of the published layout for this configuration, in the published order.
 
-    What the published model does not have (the small vision tower, its projector, the state encoder, action queries) follows its own module's names.
+    What the published model does not have (the small vision tower, its projector, the state encoder, action queries)
+    follows its own module's names.
     """
     return [*vision_entries(config), *_projector(config), *_state(config), *_queries(config), *_llama(config)]
 

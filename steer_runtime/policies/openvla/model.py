@@ -180,10 +180,9 @@ class OpenVLAModel(nn.Module):
 
     def ground(self, text: Tensor, objects: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Prompt embeddings [B, n, d_model] with the object's token added where its name ends; prompts: their ids."""
-        heat = self.config.heatmap
-        if heat is None or not heat.words:
+        if not self.config.names:
             return text
-        return text + named(prompts, heat.words).to(text) @ objects.to(text.dtype)
+        return text + named(prompts, self.config.names).to(text) @ objects.to(text.dtype)
 
     def embed(self, pixels: Tensor, prompt_ids: Tensor, state: Tensor | None = None) -> Tensor:
         """Prefill embeddings [B, patches + state_tokens + n, d_model]: BOS, image, state, rest of the prompt ids [B, n].

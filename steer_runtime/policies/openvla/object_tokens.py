@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from steer_runtime.policies.openvla.config import OpenVLAConfig
 from steer_runtime.policies.openvla.proprioception import GAIN, STATE_SIZE
-from steer_runtime.policies.openvla.vision_heatmap import GEOMETRY
+from steer_runtime.policies.openvla.vision_heatmap import GEOMETRY, PARTS
 
 _KIND = 32
 _WIDTH = 512
@@ -53,7 +53,7 @@ class ObjectProjector(nn.Module):
 
     def forward(self, geometry: Tensor, state: Tensor, hand: Tensor) -> Tensor:
         """hand [B, 3]: position of the grip site in the world, m."""
-        place, position, present, wrist_place, wrist_present = geometry.split((2, 3, 1, 2, 1), -1)
+        place, position, present, wrist_place, wrist_present = geometry.split(PARTS, -1)
         offset = present * (position - hand[:, None])
         shape = (*geometry.shape[:2], -1)
         told = (

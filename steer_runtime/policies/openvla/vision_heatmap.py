@@ -17,8 +17,10 @@ from steer_runtime.policies.openvla.config import HeatmapConfig
 
 STRIDE = 4
 """Pixels of a camera's image to one cell of its heatmap."""
-GEOMETRY = 9
-"""Numbers an object class (see `Seen.geometry`)."""
+PARTS = (2, 3, 1, 2, 1)
+"""Place, position, present, wrist place, wrist present: how the numbers of an object class split (see `geometry`)."""
+GEOMETRY = sum(PARTS)
+"""Numbers an object class."""
 _GROUPS = 8
 _FEATURE = 64
 
