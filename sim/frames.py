@@ -7,6 +7,7 @@ shard. Frames look like those of episodes but for physics: what is held stays in
     <folder>/recording.json          configuration and versions
     <folder>/shards/shard_N.hdf5     images {agentview, eye_in_hand}_rgb uint8 [n, H, W, 3] (rows as in LIBERO's files),
                                      positions float32 [n, objects + 1, 3] (the last is the grip site, m),
+                                     turns float32 [n, objects + 1] (about z, rad; the last is the hand's),
                                      <camera>_points float32 [n, objects + 1, 3] (column, row, depth, see Scene.project),
                                      states float64 [n, ...]; attributes object_names, task, target, schema
 """
@@ -22,6 +23,7 @@ import numpy as np
 from sim import layouts, plan
 from sim.benchmark import require_versions, versions
 from sim.demonstrations import Value, build, dump, write_atomically
+from sim.grasp import hand_yaw
 from sim.record import claimed, require_room, settle_configuration
 from sim.rollout import STYLES, Assignment, Noise, Step, follow, run
 from sim.scene import CAMERAS, Scene
@@ -129,9 +131,12 @@ def _content(scene: Scene, frames: Frames, number: int) -> bytes:
         if state is None:
             continue
         scene.show(state)
-        points = np.concatenate([scene.positions(), scene.snapshot().eef[None]])
+        seen = scene.snapshot()
+        points = np.concatenate([scene.positions(), seen.eef[None]])
         rows.setdefault("states", []).append(state)
         rows.setdefault("positions", []).append(points.astype(np.float32))
+        turns = np.append(scene.turns(), hand_yaw(seen.rotation))
+        rows.setdefault("turns", []).append(turns.astype(np.float32))
         for camera in CAMERAS:
             rows.setdefault(f"{camera}_points", []).append(scene.project(camera, points))
             rows.setdefault(f"{camera}_rgb", []).append(scene.render(camera, frames.size))

@@ -16,11 +16,13 @@ from sim.wordings import Concept
 from steer_runtime.errors import SteerError
 
 SLOTS: Mapping[str, tuple[str, ...]] = {
-    "pace": ("slowly", "calmly", "normally", "quickly", "fast"),
-    "height": ("low", "medium", "high"),
-    "care": ("carefully", "usual", "roughly"),
+    "pace": ("slowly", "calmly", "usually", "quickly", "fast"),
+    "height": ("below", "level", "high"),
+    "care": ("carefully", "ordinary", "wildly"),
 }
-"""Slot -> its words; a manner holds their indices."""
+"""Slot -> its words; a manner holds their indices. Along their slot's axis of the token basis
+(`sim.evaluation.axis_directions.WORDS`) the plain word lies between the ends, with room on both sides: "normally" would
+lie by "slowly"."""
 CONCEPTS: Mapping[str, Mapping[int, Concept]] = {
     "pace": {0: "slow", len(SLOTS["pace"]) - 1: "fast"},
     "height": {len(SLOTS["height"]) - 1: "high"},

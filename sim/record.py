@@ -30,6 +30,7 @@ from sim import demonstrations, layouts, plan
 from sim.benchmark import load_module, require_versions, versions
 from sim.demonstrations import dump, write_atomically
 from sim.expert import decide
+from sim.grasp import hand_yaw
 from sim.manner import Manner, draw
 from sim.policy_actor import PolicyActor, SharedActor
 from sim.rollout import MIX, STEP_LIMIT, Actor, Assignment, Noise, Outcome, Step, follow, run
@@ -356,6 +357,8 @@ class _Collector:
         self._put("obs/gripper_command", np.float64(seen.gripper_command))
         points = np.concatenate([scene.positions(), seen.eef[None]])
         self._put("privileged/positions", points.astype(np.float32))
+        turns = np.append(scene.turns(), hand_yaw(seen.rotation))
+        self._put("privileged/turns", turns.astype(np.float32))
         for camera in CAMERAS:
             self._put(f"privileged/{camera}_points", scene.project(camera, points))
         self._put("privileged/phase", np.uint8(PHASES.index(step.expert.phase)))

@@ -314,6 +314,18 @@ class Scene:
             out.append(Boxes(data.geom_xpos[ids], data.geom_xmat[ids].reshape(-1, 3, 3), model.geom_size[ids]).centre)
         return np.array(out)
 
+    def turns(self) -> np.ndarray:
+        """float64 [len(objects)]: how the objects are turned about world z, in (-pi, pi], rad.
+
+        Of the body axis that follows the most upright one, in the order x, y, z, x; a tilt of less than 45 degrees changes
+        nothing else.
+        """
+        data = self.sim.data._data
+        frames = np.stack([data.xmat[self._bodies[name]].reshape(3, 3) for name in self.objects])
+        upright = np.abs(frames[:, 2]).argmax(-1)
+        flat = np.take_along_axis(frames, ((upright + 1) % 3)[:, None, None], 2)[..., 0]
+        return np.arctan2(flat[:, 1], flat[:, 0])
+
     # -- life -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -27,7 +27,9 @@ RESERVED: Mapping[str, frozenset[str]] = {
     "fast": frozenset({"quick", "speed", "faster", "rapid", "hasty", "speedy"}),
     "slow": frozenset({"slow", "slower", "gradual", "steady", "sluggish", "steadily"}),
     "high": frozenset({"higher", "above", "elevated", "raise", "upper", "tall"}),
+    "low": frozenset({"beneath", "bottom", "lower", "shallow"}),
     "careful": frozenset({"cautious", "delicate", "soft", "careful", "gentle"}),
+    "rough": frozenset({"brutal", "harsh", "rough", "violent"}),
 }
 """Words that no wording contains: experiments make directions from them (whole words, lower case)."""
 

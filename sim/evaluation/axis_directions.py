@@ -15,7 +15,6 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from sim.wordings import RESERVED
 from steer_runtime.cli.pocket import parse_layers
 from steer_runtime.directions.direction import Axis, Direction, Neurons
 from steer_runtime.directions.token_basis import TokenBasis
@@ -26,11 +25,15 @@ from steer_runtime.types import ROLES, Role, span_bits
 Form = Literal["neurons", "dense"]
 FORMS: tuple[Form, ...] = get_args(Form)
 WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "speed": (tuple(sorted(RESERVED["fast"])), tuple(sorted(RESERVED["slow"]))),
-    "height": (tuple(sorted(RESERVED["high"])), ("lower", "beneath", "under", "bottom", "shallow")),
-    "careful": (tuple(sorted(RESERVED["careful"])), ("rough", "careless", "reckless", "bold")),
+    "speed": (("faster", "quick", "rapid", "speed", "speedy"), ("gradual", "slow", "slower", "steady")),
+    "height": (("above", "elevated", "higher", "tall", "upper"), ("beneath", "bottom", "lower", "shallow")),
+    "careful": (("careful", "cautious", "delicate", "gentle", "soft"), ("brutal", "harsh", "rough", "violent")),
 }
-"""Axis -> words of its positive and of its negative end."""
+"""Axis -> words of its positive and of its negative end, none of them in a training prompt (`sim.wordings.RESERVED`).
+
+Both ends are about equally common. Where one is rarer ("sluggish", "reckless"), the axis names how common a word is
+before it names anything else: the vocabulary's words on it then begin with fragments.
+"""
 _LEAST_LETTERS = 3
 
 

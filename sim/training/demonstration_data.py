@@ -22,12 +22,12 @@ from sim.training.vision import network_input
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.actions import Statistics
 from steer_runtime.policies.openvla.proprioception import state_vector
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower, geometry
+from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower, bearing, geometry
 
 _ARRAYS = frozenset(
     {
         "expert_actions", "obs/ee_states", "obs/gripper_states", "obs/gripper_command", "obs/image_index",
-        "privileged/positions", "privileged/agentview_points", "privileged/eye_in_hand_points",
+        "privileged/positions", "privileged/turns", "privileged/agentview_points", "privileged/eye_in_hand_points",
         "counterfactual/actions", "counterfactual/target", "counterfactual/manner",
     }
 )  # fmt: skip
@@ -164,7 +164,7 @@ def _exact(arrays: object, at: np.ndarray, names: list[str], classes: Sequence[s
 
     def spread(key: str, empty: float) -> Tensor:
         found = arrays[f"privileged/{key}"][at][:, : len(own)]  # type: ignore[index]
-        out = np.full((len(at), len(classes), 3), empty, np.float32)
+        out = np.full((len(at), len(classes), *found.shape[2:]), empty, np.float32)
         out[:, columns] = found
         return torch.from_numpy(out)
 
@@ -177,7 +177,11 @@ def _exact(arrays: object, at: np.ndarray, names: list[str], classes: Sequence[s
         within = ((points[..., :2] >= 0) & (points[..., :2] < 1)).all(-1) & (points[..., 2] > 0)
         places.append(points[..., :2].clamp(0, 1))
         inside.append(within & there)
-    values = geometry(places[0], positions.nan_to_num(), there.float(), places[1], inside[1].float())
+    turns = spread("turns", 0.0)
+    hand = torch.from_numpy(arrays["privileged/turns"][at][:, -1:])  # type: ignore[index]
+    values = geometry(
+        places[0], positions.nan_to_num(), there.float(), places[1], inside[1].float(), bearing(turns), bearing(turns - hand)
+    )  # fmt: skip
     return values.numpy().astype(np.float32)
 
 

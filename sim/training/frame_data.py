@@ -1,4 +1,4 @@
-"""Teleported frames in memory: what `steer data frames` recorded, ready to learn from.
+"""Pictures in memory: what `steer data frames` teleported and what `steer data record` played, ready to learn from.
 
 Invariant: images and places agree: both are as policies see them (the recorded rows turned by 180 degrees).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sim.demonstrations import as_seen, read
+from sim.demonstrations import as_seen, episodes_in, read
 from steer_runtime.errors import SteerError
 
-_ARRAYS = frozenset({"agentview_rgb", "eye_in_hand_rgb", "positions", "agentview_points", "eye_in_hand_points"})
+_ARRAYS = frozenset(
+    {"agentview_rgb", "eye_in_hand_rgb", "positions", "turns", "agentview_points", "eye_in_hand_points"}
+)
+_PLAYED = {name: f"{'obs' if name.endswith('_rgb') else 'privileged'}/{name}" for name in _ARRAYS}
+"""Where an episode keeps them; it has places at every step, and pictures at the steps of _PICTURED."""
+_PICTURED = "obs/image_index"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class FrameData:
 
     agentview, wrist: uint8 [N, 3, S, S]. positions: float32 [N, C, 3], world, m. places, wrist_places: float32 [N, C, 2],
     column and row as fractions of the image; NaN as well where the object is outside the picture or behind the camera.
+    turns: float32 [N, C], about world z, rad; hand_turn: float32 [N], the hand's.
     digest: of the shards' names and checksums.
     """
 
@@ -36,6 +42,8 @@ class FrameData:
     positions: Tensor
     places: Tensor
     wrist_places: Tensor
+    turns: Tensor
+    hand_turn: Tensor
     digest: str
 
     def __len__(self) -> int:
@@ -52,28 +60,33 @@ def object_class(name: str) -> str:
 
 
 def load_frames(folders: Sequence[Path], *, classes: Sequence[str] | None = None) -> FrameData:
-    """All shards of the folders. classes: in which order; None: those of the data, sorted.
+    """All shards and all pictured steps of episodes. classes: in which order; None: those of the data, sorted.
 
-    Raises SteerError: 'no_recording', 'torn_file', 'unknown_class' (an object that `classes` lacks), 'mixed_sizes',
-    'repeated_class' (two objects of one class in a scene: a heatmap has one peak).
+    Teleported frames show objects everywhere; only episodes show many ways of holding one and of letting it go.
+    Raises SteerError: 'no_recording', 'torn_file', 'not_a_demonstration', 'unknown_class' (an object that `classes`
+    lacks), 'mixed_sizes', 'repeated_class' (two objects of one class in a scene: a heatmap has one peak).
     """
-    shards = [p for folder in folders for p in _shards(folder)]
+    shards = [p for folder in folders for p in _files(folder)]
     parts: list[dict[str, np.ndarray]] = []
     names: list[list[str]] = []
     digest = []
     for path in shards:
         demo = read(path, verify=False)
-        missing = sorted(_ARRAYS - demo.arrays.keys())
+        part = _pictured(demo.arrays)
+        missing = sorted(_ARRAYS - part.keys())
         if missing:
-            raise SteerError("not_a_demonstration", f"{path} holds no {', '.join(missing)}: expected a shard of frames")
+            raise SteerError(
+                "not_a_demonstration",
+                f"{path} holds no {', '.join(missing)}: expected a shard of frames, or an episode recorded with pictures",
+            )
         own = [object_class(n) for n in json.loads(demo.attributes["object_names"])]
         if len(set(own)) != len(own):
             raise SteerError(
                 "repeated_class", f"{path} shows two objects of one class ({', '.join(sorted(own))}): expected one each"
             )
-        parts.append({key: demo.arrays[key] for key in _ARRAYS})
+        parts.append({key: part[key] for key in _ARRAYS})
         names.append(own)
-        digest.append(f"{path.name} {demo.attributes['checksum']}")
+        digest.append(f"{path.parent.name}/{path.name} {demo.attributes['checksum']}")
     known = tuple(classes) if classes is not None else tuple(sorted({n for own in names for n in own}))
     odd = sorted({n for own in names for n in own} - set(known))
     if odd:
@@ -90,17 +103,31 @@ def load_frames(folders: Sequence[Path], *, classes: Sequence[str] | None = None
         positions=_spread(parts, "positions", names, known),
         places=_inside(_spread(parts, "agentview_points", names, known)),
         wrist_places=_inside(_spread(parts, "eye_in_hand_points", names, known)),
+        turns=_spread(parts, "turns", names, known),
+        hand_turn=torch.from_numpy(np.concatenate([part["turns"][:, -1] for part in parts])),
         digest="; ".join(sorted(digest)),
     )
 
 
-def _shards(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
+    if (folder / "episodes").is_dir():
+        return episodes_in(folder)
     found = sorted((folder / "shards").glob("shard_*.hdf5"), key=lambda p: int(p.stem.removeprefix("shard_")))
     if not found:
         raise SteerError(
-            "no_recording", f"{folder} holds no shards of frames; record them with `steer data frames {folder}`"
+            "no_recording",
+            f"{folder} holds no shards of frames and no episodes; record them with `steer data frames {folder}`",
         )
     return found
+
+
+def _pictured(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of _ARRAYS that a shard or an episode has, a row a picture."""
+    if _PICTURED not in arrays:
+        return {name: arrays[name] for name in _ARRAYS & arrays.keys()}
+    at = arrays[_PICTURED].astype(np.int64)
+    there = {name: key for name, key in _PLAYED.items() if key in arrays}
+    return {name: arrays[key] if name.endswith("_rgb") else arrays[key][at] for name, key in there.items()}
 
 
 def _images(parts: list[dict[str, np.ndarray]], key: str) -> Tensor:
@@ -116,10 +143,10 @@ def _images(parts: list[dict[str, np.ndarray]], key: str) -> Tensor:
 
 
 def _spread(parts: list[dict[str, np.ndarray]], key: str, names: list[list[str]], known: tuple[str, ...]) -> Tensor:
-    """float32 [N, C, 3]: each object's row under its class; the last row of a shard, the grip site, is left out."""
+    """float32 [N, C, ...]: each object's row under its class; the last row of a shard, the hand's, is left out."""
     out = []
     for part, own in zip(parts, names, strict=True):
-        rows = np.full((len(part[key]), len(known), 3), np.nan, np.float32)
+        rows = np.full((len(part[key]), len(known), *part[key].shape[2:]), np.nan, np.float32)
         rows[:, [known.index(n) for n in own]] = part[key][:, : len(own)]
         out.append(rows)
     return torch.from_numpy(np.concatenate(out))

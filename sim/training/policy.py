@@ -33,6 +33,8 @@ _SCORED = 256
 _ACTION = 7
 _OUTLIER = 0.05
 """Standard deviation of a badly seen object's position, m."""
+_TURN = 0.15
+"""Standard deviation of a seen object's turn, rad."""
 
 
 class Branch(NamedTuple):
@@ -375,10 +377,10 @@ def word_loss(words: Sequence[Tensor], manners: Tensor, told: Tensor, weights: S
     return torch.stack(losses).mean()
 
 
-def word_weights(data: DemonstrationData, tell: float, plain: float = 0.6) -> list[Tensor]:
-    """A slot's weights [words] that make plain's share `plain` where a prompt says nothing, the rest even.
+def word_weights(data: DemonstrationData, tell: float, odds: float = 3.0) -> list[Tensor]:
+    """A slot's weights [words] that make plain `odds` times as likely as any other word where a prompt says nothing.
 
-    So an untold manner is plain by default, and another word takes little: what a prompt leaves open, steering may decide.
+    So an untold manner is plain by a margin of log(odds), whatever the slot: what a prompt leaves open, steering may decide.
     """
     manners = data.other_manners[data.other_spoken >= 0]
     out = []
@@ -388,8 +390,9 @@ def word_weights(data: DemonstrationData, tell: float, plain: float = 0.6) -> li
         levels[:, i] = torch.arange(len(slot))
         silent = 1.0 - tell * _mentioned(levels, torch.ones_like(levels, dtype=torch.bool))[:, i].float()
         share = count * silent / (count * silent).sum()
-        wanted = torch.full((len(slot),), (1 - plain) / (len(slot) - 1))
-        wanted[default] = plain
+        wanted = torch.ones(len(slot))
+        wanted[default] = odds
+        wanted /= wanted.sum()
         out.append(torch.where(share > 0, wanted / share.clamp(min=1e-6), 0.0))
     return out
 
@@ -402,7 +405,7 @@ def _mentioned(manners: Tensor, told: Tensor) -> Tensor:
 
 def disturbed(exact: Tensor, size: float) -> Tensor:
     """Geometry [B, C, GEOMETRY] with errors as a tower makes them; size: of a position, m, one object in 25 far worse."""
-    place, position, present, wrist_place, wrist_present = exact.split(PARTS, -1)
+    place, position, present, wrist_place, wrist_present, turn, wrist_turn = exact.split(PARTS, -1)
     bad = (torch.rand_like(present) < 0.04).float()
     spread = size + bad * _OUTLIER
     flip = (torch.rand_like(wrist_present) < 0.04).float()
@@ -415,7 +418,23 @@ def disturbed(exact: Tensor, size: float) -> Tensor:
         present[..., 0],
         wrist_place + 2 * size * torch.randn_like(wrist_place),
         close[..., 0],
+        _turned(turn, _TURN),
+        _turned(wrist_turn, _TURN / 2),
     )
+
+
+def _turned(bearings: Tensor, size: float) -> Tensor:
+    """Bearings [..., 4] off by an angle of standard deviation `size`, rad; the less sure, the smaller."""
+    double, fourfold = bearings.split(2, -1)
+    off = size * torch.randn_like(double[..., :1])
+    sure = torch.rand_like(off)
+    return sure * torch.cat((_rotated(double, 2 * off), _rotated(fourfold, 4 * off)), -1)
+
+
+def _rotated(pair: Tensor, angle: Tensor) -> Tensor:
+    """(cos a, sin a) [..., 2] turned by angle [..., 1]."""
+    x, y = pair.split(1, -1)
+    return torch.cat((angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y), -1)
 
 
 @torch.no_grad()
@@ -424,5 +443,5 @@ def _set_scales(model: OpenVLAModel, data: DemonstrationData) -> None:
     assert model.state_encoder is not None
     model.state_encoder.mean.copy_(data.states.mean(0))
     model.state_encoder.scale.copy_(data.states.std(0).clamp(min=1e-3))
-    _, position, present, _, _ = data.exact.split(PARTS, -1)
+    _, position, present, *_ = data.exact.split(PARTS, -1)
     model.projector.get_parameter("centre").copy_(position[present[..., 0] > 0].mean(0))

@@ -63,10 +63,11 @@ class TowerSettings(_Strict):
 
 
 class VisionTraining(Common):
-    """`kind: vision`. frames, held_out: recordings of `steer data frames`, below the data directory.
+    """`kind: vision`. frames, held_out: recordings of `steer data frames`, or of `steer data record` with pictures,
+    below the data directory.
 
     start: folder of vision weights to begin with. Weights of the loss: place (fractions of the image), position (in
-    units of 0.1 m), presence; the heatmaps' cross-entropy has weight `heat`. brightness, tint, grain: augmentation.
+    units of 0.1 m), turn (double and fourfold angles' cosines and sines), presence; the heatmaps' cross-entropy has weight `heat`. brightness, tint, grain: augmentation.
     """
 
     kind: Literal["vision"]
@@ -77,6 +78,7 @@ class VisionTraining(Common):
     heat: Weight = 0.3
     place: Weight = 2.0
     position: Weight = 1.0
+    turn: Weight = 0.3
     presence: Weight = 0.1
     brightness: Weight = 0.15
     tint: Weight = 10.0

@@ -19,18 +19,18 @@ from sim.training.trainer import Order
 from sim.training.vision_weights import load_tower
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.config import HeatmapConfig
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower, Seen
+from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower, Seen, bearing
 
 _BATCH = 64
-_PLACE_BETA, _POSITION_BETA = 0.02, 0.1
-"""Where the smooth L1 loss turns from square to linear: 2 % of the image, 1 cm."""
+_PLACE_BETA, _POSITION_BETA, _TURN_BETA = 0.02, 0.1, 0.3
+"""Where the smooth L1 loss turns from square to linear: 2 % of the image, 1 cm, 0.15 rad of a double angle."""
 
 
 class VisionSubject:
     """A tower, frames to learn from and frames to score it on.
 
-    loss = heat * CE(heatmap) + place * L1(place) + position * L1(position / 0.1 m) + presence * BCE, over the objects
-    that are in the scene and in the picture; the wrist's terms likewise without position.
+    loss = heat * CE(heatmap) + place * L1(place) + position * L1(position / 0.1 m) + turn * L1(bearing) + presence * BCE,
+    over the objects that are in the scene and in the picture; the wrist's terms likewise without position.
     """
 
     def __init__(self, settings: VisionTraining, data: FrameData, held_out: Mapping[str, FrameData]) -> None:
@@ -111,13 +111,17 @@ class VisionSubject:
         there = ~positions[..., 0].isnan()
         visible, close = ~places[..., 0].isnan(), ~wrist[..., 0].isnan()
         aimed = (seen.position - positions) / 0.1
+        turned = seen.turn - bearing(data.turns[indices])
+        wrist_turned = seen.wrist_turn - bearing(data.turns[indices] - data.hand_turn[indices, None])
         return {
             "heat": s.heat * _cross_entropy(seen.heatmap, places, visible),
             "place": s.place * _distance(seen.place - places, visible, _PLACE_BETA),
             "position": s.position * _distance(aimed, visible, _POSITION_BETA),
+            "turn": s.turn * _distance(turned, visible, _TURN_BETA),
             "present": s.presence * functional.binary_cross_entropy_with_logits(seen.present, there.float()),
             "wrist_heat": s.heat * _cross_entropy(seen.wrist_heatmap, wrist, close),
             "wrist_place": s.place * _distance(seen.wrist_place - wrist, close, _PLACE_BETA),
+            "wrist_turn": s.turn * _distance(wrist_turned, close, _TURN_BETA),
             "wrist_present": s.presence
             * functional.binary_cross_entropy_with_logits(seen.wrist_present, close.float()),
         }
@@ -126,8 +130,9 @@ class VisionSubject:
 @torch.no_grad()
 def localisation(tower: HeatmapTower, data: FrameData) -> dict[str, float]:
     """Scores over all objects in the picture: xy_median_cm, xy_mean_cm, xyz_median_cm, under_3_cm (share),
-    place_median_px, wrist_place_median_px, present_accuracy, wrist_present_accuracy."""
-    plane, space, pixels, wrist_pixels, present, wrist_present = ([] for _ in range(6))
+    place_median_px, wrist_place_median_px, present_accuracy, wrist_present_accuracy, turn_error and wrist_turn_error (mean
+    distance of the double angle's cosine and sine; 1 when nothing is known)."""
+    plane, space, pixels, wrist_pixels, present, wrist_present, turn, wrist_turn = ([] for _ in range(8))
     size = data.agentview.shape[-1]
     for indices in torch.arange(len(data)).split(_BATCH):
         seen = tower.see(network_input(data.pixels(indices)))
@@ -137,6 +142,10 @@ def localisation(tower: HeatmapTower, data: FrameData) -> dict[str, float]:
         space.append(error.norm(dim=-1))
         pixels.append(size * (seen.place - data.places[indices])[visible].norm(dim=-1))
         wrist_pixels.append(size * (seen.wrist_place - data.wrist_places[indices])[close].norm(dim=-1))
+        turns = data.turns[indices]
+        turn.append((seen.turn - bearing(turns))[visible][:, :2].norm(dim=-1))
+        relative = bearing(turns - data.hand_turn[indices, None])
+        wrist_turn.append((seen.wrist_turn - relative)[close][:, :2].norm(dim=-1))
         present.append(((seen.present > 0) == ~data.positions[indices, :, 0].isnan()).float().flatten())
         wrist_present.append(((seen.wrist_present > 0) == close).float().flatten())
     joined = torch.cat(plane)
@@ -149,6 +158,8 @@ def localisation(tower: HeatmapTower, data: FrameData) -> dict[str, float]:
         "wrist_place_median_px": float(torch.cat(wrist_pixels).median()),
         "present_accuracy": float(torch.cat(present).mean()),
         "wrist_present_accuracy": float(torch.cat(wrist_present).mean()),
+        "turn_error": float(torch.cat(turn).mean()),
+        "wrist_turn_error": float(torch.cat(wrist_turn).mean()),
     }
 
 
@@ -172,6 +183,8 @@ def _subset(data: FrameData, indices: Tensor) -> FrameData:
         positions=data.positions[indices],
         places=data.places[indices],
         wrist_places=data.wrist_places[indices],
+        turns=data.turns[indices],
+        hand_turn=data.hand_turn[indices],
     )
 
 

@@ -41,7 +41,7 @@ def written(policy: OpenVLAPolicy, draw: Draw) -> np.ndarray:
 def test_axis_is_made_of_the_words_that_are_one_token(policy: OpenVLAPolicy) -> None:
     basis = basis_of(policy, "speed")
     assert basis.used == {"positive": ("faster", "quick", "speed"), "negative": ("slow", "slower")}
-    assert set(basis.left_out) == {"hasty", "rapid", "speedy", "gradual", "sluggish", "steadily", "steady"}
+    assert set(basis.left_out) == {"rapid", "speedy", "gradual", "steady"}
     rows = {word: policy.unembedding[policy.tokenizer.convert_tokens_to_ids(word)] for word in ("slow", "slower")}
     fast = [policy.unembedding[policy.tokenizer.convert_tokens_to_ids(w)] for w in ("faster", "quick", "speed")]
     wanted = sum(fast) / 3 - (rows["slow"] + rows["slower"]) / 2
@@ -49,7 +49,7 @@ def test_axis_is_made_of_the_words_that_are_one_token(policy: OpenVLAPolicy) -> 
 
 
 def test_end_without_a_word_is_refused(policy: OpenVLAPolicy) -> None:
-    with pytest.raises(SteerError, match="none of lower, beneath") as caught:
+    with pytest.raises(SteerError, match="none of (beneath|above), ") as caught:
         basis_of(policy, "height")
     assert caught.value.code == "unknown_word"
 

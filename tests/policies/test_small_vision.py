@@ -18,7 +18,7 @@ from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.object_tokens import named
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.policies.openvla.proprioception import state_vector
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
+from steer_runtime.policies.openvla.vision_heatmap import GEOMETRY, PARTS, HeatmapTower, bearing, geometry
 
 HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), hidden=64, blocks=1, heads=2)
 
@@ -227,3 +227,24 @@ def test_equal_rotations_give_equal_states() -> None:
     same = state_vector(np.array([0, 0, 0, -np.pi, 0, 0, 0.04, -0.04]), -1.0)
     np.testing.assert_allclose(down, same, atol=1e-6)
     np.testing.assert_allclose(down[3:9], [1, 0, 0, 0, -1, 0], atol=1e-6)
+
+
+def test_a_bearing_is_the_same_after_half_a_turn_and_half_of_it_after_a_quarter() -> None:
+    angle = torch.linspace(-3, 3, 13)
+    torch.testing.assert_close(bearing(angle + torch.pi), bearing(angle), atol=1e-5, rtol=0)
+    quarter = bearing(angle + torch.pi / 2)
+    torch.testing.assert_close(quarter[:, 2:], bearing(angle)[:, 2:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(quarter[:, :2], -bearing(angle)[:, :2], atol=1e-5, rtol=0)
+
+
+def test_what_is_not_there_has_no_place_and_no_turn() -> None:
+    there, nothing = torch.tensor([1.0, 0.0]), torch.zeros(2)
+    numbers = geometry(
+        torch.full((2, 2), 0.9), torch.full((2, 3), 0.4), there, torch.full((2, 2), 0.2), nothing,
+        bearing(torch.full((2,), 0.3)), bearing(torch.full((2,), 0.3)),
+    )  # fmt: skip
+    assert numbers.shape == (2, GEOMETRY)
+    place, position, _, wrist_place, _, turn, wrist_turn = numbers.split(PARTS, -1)
+    assert place[1].tolist() == wrist_place[0].tolist() == [0.5, 0.5]
+    assert not position[1].any() and not turn[1].any() and not wrist_turn.any()
+    assert bool(turn[0].any())

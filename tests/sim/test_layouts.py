@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from sim import grasp, layouts
 from sim.scene import Scene
@@ -18,6 +19,22 @@ SOUP = "alphabet_soup_1"
 def scene() -> Iterator[Scene]:
     with Scene("libero_object", 0) as scene:
         yield scene
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.5])
+def test_a_turn_about_the_vertical_is_told_as_it_is_whatever_the_tilt(scene: Scene, tilt: float) -> None:
+    scene.begin(scene.task.initial_states[0])
+    rest = scene.state()
+    before = scene.turns()
+    state, here = rest.copy(), scene.pose_slice(SOUP)
+    pose = Rotation.from_quat(rest[here][[4, 5, 6, 3]])
+    axis = [np.cos(before[scene.objects.index(SOUP)]), np.sin(before[scene.objects.index(SOUP)]), 0.0]
+    turned = Rotation.from_euler("z", 0.7) * Rotation.from_rotvec(np.multiply(tilt, axis)) * pose
+    state[here.start + 3 : here.stop] = turned.as_quat()[[3, 0, 1, 2]]
+    scene.show(state)
+    change = np.angle(np.exp(1j * (scene.turns() - before)))
+    expected = [0.7 if name == SOUP else 0.0 for name in scene.objects]
+    np.testing.assert_allclose(change, expected, atol=1e-3)
 
 
 def test_same_seed_same_layout_whatever_was_before(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from steer_runtime.errors import SteerError
 
 def test_plain_is_the_middle_word_of_each_slot_and_says_nothing() -> None:
     assert Manner() == PLAIN == STYLES["plain"]
-    assert PLAIN.words() == ("normally", "medium", "usual")
+    assert PLAIN.words() == ("usually", "level", "ordinary")
     assert PLAIN.concepts() == ()
     assert PLAIN.style() == Style(speed=0.65, height=0.20, near_speed=0.75 * 0.65)
 

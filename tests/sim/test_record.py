@@ -198,6 +198,12 @@ def test_extras_say_what_was_asked_and_how(recorded: Path) -> None:
     names = json.loads(a["object_names"])
     assert demo.arrays["privileged/positions"].shape == (a["num_samples"], len(names) + 1, 3)
     assert demo.arrays["privileged/agentview_points"].shape == (a["num_samples"], len(names) + 1, 3)
+    turns = demo.arrays["privileged/turns"]
+    assert turns.shape == (a["num_samples"], len(names) + 1)
+    # What stands still does not turn, and the hand, told last, starts from its home pose.
+    still = [i for i, name in enumerate(names) if name != a["target"]]
+    assert np.ptp(turns[:, still], axis=0).max() < 0.02
+    assert abs(turns[0, -1]) < 0.05
 
 
 def test_second_run_records_nothing(copy: Path) -> None:
@@ -312,6 +318,7 @@ def test_frames_are_recorded_with_positions_and_go_on(tmp_path: Path) -> None:
     objects = json.loads(shard.attributes["object_names"])
     assert shard.arrays["agentview_rgb"].shape == (3, 32, 32, 3)
     assert shard.arrays["positions"].shape == (3, len(objects) + 1, 3)
+    assert shard.arrays["turns"].shape == (3, len(objects) + 1)
     assert np.ptp(shard.arrays["positions"][:, objects.index("milk_1"), :2], axis=0).max() > 0.02
 
 

@@ -30,6 +30,7 @@ def frames_folder(folder: Path, *, shards: int = 2, frames: int = 24, size: int 
             "agentview_rgb": np.ascontiguousarray(recorded),
             "eye_in_hand_rgb": np.ascontiguousarray(recorded),
             "positions": np.concatenate([positions, hand], 1).astype(np.float32),
+            "turns": rng.uniform(-3, 3, (frames, len(OBJECTS) + 1)).astype(np.float32),
             "agentview_points": np.concatenate([points, hand], 1).astype(np.float32),
             "eye_in_hand_points": np.concatenate([points, hand], 1).astype(np.float32),
             "states": np.zeros((frames, 5)),
@@ -39,7 +40,10 @@ def frames_folder(folder: Path, *, shards: int = 2, frames: int = 24, size: int 
     return folder
 
 
-def demonstrations_folder(folder: Path, *, episodes: int = 3, steps: int = 12, size: int = 64, seed: int = 0) -> Path:
+def demonstrations_folder(
+    folder: Path, *, episodes: int = 3, steps: int = 12, size: int = 64, seed: int = 0, stride: int = 1,
+    pictures: bool = True,
+) -> Path:  # fmt: skip
     """Episodes as `steer data record` writes them: the action leads to the told object, fast or slow as told."""
     instructions = {"milk_1": "pick up the milk", "soup_1": "pick up the soup"}
     manners = np.array([[4, 1, 1], [0, 1, 1]])
@@ -61,24 +65,28 @@ def demonstrations_folder(folder: Path, *, episodes: int = 3, steps: int = 12, s
         actions = lead(own, manners[number % 2])
         others = [(2 - own, manners[number % 2]), (own, manners[1 - number % 2])]
         places = np.concatenate([positions[..., :2] + 0.5, np.ones((steps, 4, 1))], -1).astype(np.float32)
+        sampled = np.arange(0, steps, stride, dtype=np.int32)
         command = np.where(np.arange(steps) < steps // 2, -1.0, 1.0)
-        images = rng.integers(0, 255, (steps, size, size, 3), dtype=np.uint8)
+        images = rng.integers(0, 255, (len(sampled), size, size, 3), dtype=np.uint8)
         arrays = {
             "actions": actions,
             "expert_actions": actions,
             "obs/ee_states": np.concatenate([at, np.zeros((steps, 3))], 1),
             "obs/gripper_states": np.tile([0.04, -0.04], (steps, 1)),
             "obs/gripper_command": command,
-            "obs/image_index": np.arange(steps, dtype=np.int32),
+            "obs/image_index": sampled,
             "obs/agentview_rgb": images,
             "obs/eye_in_hand_rgb": images[::-1].copy(),
             "privileged/positions": positions.astype(np.float32),
+            "privileged/turns": np.tile(rng.uniform(-3, 3, (1, positions.shape[1])), (steps, 1)).astype(np.float32),
             "privileged/agentview_points": places,
             "privileged/eye_in_hand_points": places,
-            "counterfactual/actions": np.stack([lead(*other) for other in others], 1).astype(np.float32),
-            "counterfactual/target": np.tile(np.array([t for t, _ in others], np.uint8), (steps, 1)),
-            "counterfactual/manner": np.tile(np.array([m for _, m in others], np.uint8), (steps, 1, 1)),
+            "counterfactual/actions": np.stack([lead(*other)[sampled] for other in others], 1).astype(np.float32),
+            "counterfactual/target": np.tile(np.array([t for t, _ in others], np.uint8), (len(sampled), 1)),
+            "counterfactual/manner": np.tile(np.array([m for _, m in others], np.uint8), (len(sampled), 1, 1)),
         }
+        if not pictures:
+            arrays = {name: value for name, value in arrays.items() if not name.endswith("_rgb")}
         attributes: dict[str, Value] = {
             "num_samples": steps,
             "object_names": dump(list(OBJECTS)),

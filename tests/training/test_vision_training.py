@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from fabricated import COLOURS, frames_folder
+from fabricated import COLOURS, demonstrations_folder, frames_folder
 from typer.testing import CliRunner
 
+from sim.demonstrations import as_seen, episodes_in, read
 from sim.training import checkpoints, trainer
 from sim.training.cli import app
-from sim.training.frame_data import FrameData, load_frames
+from sim.training.frame_data import FrameData, load_frames, object_class
 from sim.training.log import read_log
 from sim.training.settings import PolicyTraining, TowerSettings, VisionTraining, read_settings
 from sim.training.vision import VisionSubject, localisation
@@ -71,6 +73,44 @@ def test_a_place_points_at_its_object_in_the_image_as_seen(data: FrameData) -> N
             column, row = (data.places[n, k] * 64).long().tolist()
             hits += bool((data.agentview[n, :, row, column] == torch.from_numpy(colour)).all())
         assert hits > 0.7 * len(data)  # the rest is covered by another square
+
+
+def test_episodes_are_frames_at_their_pictured_steps(tmp_path: Path) -> None:
+    folder = demonstrations_folder(tmp_path / "played", episodes=2, stride=3)
+    played = load_frames([folder])
+    episodes = [read(path) for path in episodes_in(folder)]
+    at = [e.arrays["obs/image_index"].astype(int) for e in episodes]
+    assert len(played) == sum(map(len, at))
+    names = [object_class(n) for n in json.loads(episodes[0].attributes["object_names"])]
+    expected = episodes[0].arrays["privileged/positions"][at[0]][:, names.index(played.classes[0])]
+    assert torch.equal(played.positions[: len(at[0]), 0], torch.from_numpy(expected))
+    assert torch.equal(
+        played.wrist[1].permute(1, 2, 0),
+        torch.from_numpy(as_seen(episodes[0].arrays["obs/eye_in_hand_rgb"])[1].copy()),
+    )
+
+
+def test_turns_are_learnt_from_what_is_seen(data: FrameData) -> None:
+    """A world in which the turn is the place tells that the label reaches the head."""
+    turned = replace(data, turns=2 * data.places[..., 0], hand_turn=torch.zeros(len(data)))
+    made = VisionSubject(settings(turn=1.0, learning_rate=3e-3, batch=8), turned, {"same": turned})
+    before = localisation(made.tower.eval(), turned)
+    optimiser = torch.optim.Adam(made.tower.parameters(), 3e-3)
+    for step in range(120):
+        made.tower.train()
+        optimiser.zero_grad()
+        made.loss(step)[0].backward()
+        optimiser.step()
+    after = localisation(made.tower.eval(), turned)
+    assert after["turn_error"] < 0.5 * before["turn_error"]
+    assert after["wrist_turn_error"] < 0.5 * before["wrist_turn_error"]
+
+
+def test_an_episode_without_pictures_is_refused(tmp_path: Path) -> None:
+    folder = demonstrations_folder(tmp_path / "blind", pictures=False)
+    with pytest.raises(SteerError, match="holds no agentview_rgb, eye_in_hand_rgb: expected") as refused:
+        load_frames([folder])
+    assert refused.value.code == "not_a_demonstration"
 
 
 def test_the_tower_learns_to_find_objects(data: FrameData, tmp_path: Path) -> None:

@@ -53,12 +53,12 @@ class ObjectProjector(nn.Module):
 
     def forward(self, geometry: Tensor, state: Tensor, hand: Tensor) -> Tensor:
         """hand [B, 3]: position of the grip site in the world, m."""
-        place, position, present, wrist_place, wrist_present = geometry.split(PARTS, -1)
+        place, position, present, wrist_place, wrist_present, turn, wrist_turn = geometry.split(PARTS, -1)
         offset = present * (position - hand[:, None])
         shape = (*geometry.shape[:2], -1)
         told = (
             4 * (place - 0.5), present * (position - self.centre) / _FAR, present, 4 * (wrist_place - 0.5), wrist_present,
-            offset / _FAR, torch.tanh(offset / _NEAR), state[:, None].expand(shape), self.kind.expand(shape),
+            turn, wrist_turn, offset / _FAR, torch.tanh(offset / _NEAR), state[:, None].expand(shape), self.kind.expand(shape),
         )  # fmt: skip
         hidden = nn.functional.gelu(self.fc1(torch.cat(told, -1)))
         hidden = hidden + nn.functional.gelu(self.fc2(hidden))

@@ -17,8 +17,9 @@ from steer_runtime.policies.openvla.config import HeatmapConfig
 
 STRIDE = 4
 """Pixels of a camera's image to one cell of its heatmap."""
-PARTS = (2, 3, 1, 2, 1)
-"""Place, position, present, wrist place, wrist present: how the numbers of an object class split (see `geometry`)."""
+PARTS = (2, 3, 1, 2, 1, 4, 4)
+"""Place, position, present, wrist place, wrist present, turn, wrist turn: how the numbers of an object class split (see
+`geometry`)."""
 GEOMETRY = sum(PARTS)
 """Numbers an object class."""
 _GROUPS = 8
@@ -31,6 +32,7 @@ class Seen:
 
     heatmap, wrist_heatmap [B, C, cells]: logits over a square grid of cells, row by row. place, wrist_place [B, C, 2].
     position [B, C, 3]: in the world, m. present, wrist_present [B, C]: logits that it is in the scene, in the picture.
+    turn, wrist_turn [B, C, 4]: `bearing` of how it is turned in the world, and against the hand; smaller when unsure.
     """
 
     heatmap: Tensor
@@ -40,22 +42,40 @@ class Seen:
     wrist_heatmap: Tensor
     wrist_place: Tensor
     wrist_present: Tensor
+    turn: Tensor
+    wrist_turn: Tensor
 
     def geometry(self) -> Tensor:
-        """[B, C, GEOMETRY]: place 2, position 3 (m), present 1 (0 to 1), wrist place 2, wrist present 1 (0 to 1)."""
-        return geometry(
-            self.place, self.position, self.present.sigmoid(), self.wrist_place, self.wrist_present.sigmoid()
-        )
+        """[B, C, GEOMETRY] of the function of this name."""
+        there, close = self.present.sigmoid(), self.wrist_present.sigmoid()
+        return geometry(self.place, self.position, there, self.wrist_place, close, self.turn, self.wrist_turn)
 
 
-def geometry(place: Tensor, position: Tensor, present: Tensor, wrist_place: Tensor, wrist_present: Tensor) -> Tensor:
-    """[..., GEOMETRY] of places [..., 2], position [..., 3] (m) and presences [...] from 0 to 1.
+def geometry(
+    place: Tensor,
+    position: Tensor,
+    present: Tensor,
+    wrist_place: Tensor,
+    wrist_present: Tensor,
+    turn: Tensor,
+    wrist_turn: Tensor,
+) -> Tensor:
+    """[..., GEOMETRY] of places [..., 2], position [..., 3] (m), presences [...] from 0 to 1 and bearings [..., 4].
 
-    A place or position counts as far as the object is there: without it, it is the middle of the picture, the origin.
+    A place, position or bearing counts as far as the object is there: without it, it is the middle of the picture, the
+    origin, nothing.
     """
     there, close = present[..., None], wrist_present[..., None]
-    places = 0.5 + there * (place - 0.5), there * position, there, 0.5 + close * (wrist_place - 0.5), close
-    return torch.cat(places, -1)
+    first = 0.5 + there * (place - 0.5), there * position, there
+    return torch.cat((*first, 0.5 + close * (wrist_place - 0.5), close, there * turn, close * wrist_turn), -1)
+
+
+def bearing(angle: Tensor) -> Tensor:
+    """[..., 4] of angles [...] (rad): cos 2a, sin 2a, cos 4a, sin 4a.
+
+    A box looks the same after half a turn, one with a square base after a quarter, and so may the hand take them.
+    """
+    return torch.stack(((2 * angle).cos(), (2 * angle).sin(), (4 * angle).cos(), (4 * angle).sin()), -1)
 
 
 class HeatmapTower(nn.Module):
@@ -69,6 +89,8 @@ class HeatmapTower(nn.Module):
         self.name = nn.Parameter(torch.randn(classes, _FEATURE) * 0.1)
         self.locate = _mlp(2 * (2 + _FEATURE) + _FEATURE, 4)
         self.glance = _mlp(2 + 2 * _FEATURE, 1)
+        self.turn = _mlp(2 * _FEATURE, 4)
+        self.wrist_turn = _mlp(2 * _FEATURE, 4)
         # Set from the training data, not trained: where the objects of a class are on average, and how far they spread.
         self.position_mean = nn.Parameter(torch.zeros(classes, 3), requires_grad=False)
         self.position_scale = nn.Parameter(torch.full((1,), 0.1), requires_grad=False)
@@ -93,6 +115,8 @@ class HeatmapTower(nn.Module):
             wrist_heatmap=wrist_heatmap,
             wrist_place=wrist_place,
             wrist_present=glanced[..., 0],
+            turn=self.turn(torch.cat((feature, name), -1)),
+            wrist_turn=self.wrist_turn(torch.cat((wrist_feature, name), -1)),
         )
 
 
