@@ -224,6 +224,9 @@ def axis(
     random_draws: Annotated[int, typer.Option(min=0, help="Random axes of the same form and norm, of each kind.")] = 20,
     episodes: Annotated[int, typer.Option(min=0, help="Layouts in closed loop; 0: offline only.")] = 10,
     random_episodes: Annotated[int, typer.Option(min=0, help="How many of these layouts the random axes run on.")] = 2,
+    random_strengths: Annotated[
+        str, typer.Option(help="Closed loop: strengths of the random axes, comma separated; empty: all. Others prove nothing.")
+    ] = "",
     layers: Annotated[str, typer.Option(help="Neurons: the policy's layers, e.g. 4-7; default: its later half.")] = "",
     count: Annotated[int, typer.Option(help="Neurons: how many.")] = 20,
     alpha: Annotated[float, typer.Option(help="Neurons: activation written at strength 1.")] = 4.0,
@@ -271,7 +274,9 @@ def axis(
     tested = [c for c in wanted if c.kind in (axes.OFF, "words")]
     drawn = [c for c in wanted if c not in tested]
     layouts = runs.randomised(chosen, episodes, seed) if episodes else []
-    closed = {**axes.closed_trials(layouts, tested), **axes.closed_trials(layouts[:random_episodes], drawn)}
+    ridden_at = options.strengths(random_strengths or strengths)
+    ridden_draws = [c for c in drawn if abs(c.strength) in ridden_at]
+    closed = {**axes.closed_trials(layouts, tested), **axes.closed_trials(layouts[:random_episodes], ridden_draws)}
     moments_spec = BankSpec(moments, bank_episodes, suite, seed, size, meshes == "thin", str(recording or ""))
 
     name = f"axis-{axis}-{form}-" + (f"site{site}-norm{norm:g}" if form == "dense" else f"alpha{alpha:g}")
