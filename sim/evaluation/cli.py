@@ -225,7 +225,10 @@ def axis(
     episodes: Annotated[int, typer.Option(min=0, help="Layouts in closed loop; 0: offline only.")] = 10,
     random_episodes: Annotated[int, typer.Option(min=0, help="How many of these layouts the random axes run on.")] = 2,
     random_strengths: Annotated[
-        str, typer.Option(help="Closed loop: strengths of the random axes, comma separated; empty: all. Others prove nothing.")
+        str,
+        typer.Option(
+            help="Closed loop: strengths of the random axes, comma separated; empty: all. Others prove nothing."
+        ),
     ] = "",
     layers: Annotated[str, typer.Option(help="Neurons: the policy's layers, e.g. 4-7; default: its later half.")] = "",
     count: Annotated[int, typer.Option(help="Neurons: how many.")] = 20,

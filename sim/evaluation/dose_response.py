@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Dose:
 @dataclass(frozen=True)
 class Response:
     """All doses of one measure. unsteered: its mean. rho: Spearman's correlation of strength and mean, unsteered included
-    as 0, times the wanted sign. baseline: success of the unsteered policy, of so many episodes.
+    as 0, times the wanted sign; below 1 where doses do alike. baseline: success of the unsteered policy, of so many episodes.
     """
 
     measure: str
@@ -57,6 +58,13 @@ class Response:
     rho: float
     baseline: float | None
     episodes: int
+
+    @property
+    def monotone(self) -> bool:
+        """No dose undoes what a smaller one did; a policy that acts by words climbs a stair, so equals are allowed."""
+        curve = sorted([(0.0, self.unsteered), *((d.strength, d.mean) for d in self.doses)])
+        means = [self.sign * mean for _, mean in curve]
+        return means[-1] > means[0] and all(b >= a for a, b in pairwise(means))
 
     @property
     def works(self) -> bool:
@@ -144,7 +152,10 @@ def summarise(responses: Sequence[Response]) -> list[Line]:
             lines.append(
                 Line(f"{r.measure}: strengths beyond random, {name}", sum(d.beyond for d in mine), n=len(mine), least=1)
             )
-        lines.append(Line("  monotone (Spearman's rho)", r.rho, n=len(r.doses) + 1, least=1.0))
+        lines.append(
+            Line("  monotone (no dose undoes a smaller one)", float(r.monotone), n=len(r.doses) + 1, least=1.0)
+        )
+        lines.append(Line("  Spearman's rho", r.rho, n=len(r.doses) + 1))
         lines.append(Line("  unsteered", r.unsteered, n=r.doses[0].pairs))
         for d in r.doses:
             lines.append(Line(f"  {d.strength:+g}: effect", d.effect, d.low, d.high, d.pairs))

@@ -49,7 +49,7 @@ def test_axis_is_made_of_the_words_that_are_one_token(policy: OpenVLAPolicy) -> 
 
 
 def test_end_without_a_word_is_refused(policy: OpenVLAPolicy) -> None:
-    with pytest.raises(SteerError, match="none of (beneath|above), ") as caught:
+    with pytest.raises(SteerError, match=r"none of (beneath|above), ") as caught:
         basis_of(policy, "height")
     assert caught.value.code == "unknown_word"
 
@@ -164,6 +164,7 @@ def test_axis_beyond_random_in_both_directions_works_and_is_monotone() -> None:
     response = respond(measured({**mine, **random_effects(0.2)}), "speed", "motion", 1.0)
     assert response is not None
     assert response.works
+    assert response.monotone
     assert response.rho == pytest.approx(1.0)
     assert [d.effect for d in response.doses] == pytest.approx([-0.3, -0.15, 0.15, 0.3])
     # Pairs differ by up to 0.7, their differences do not: the interval is that of pairs.
@@ -177,6 +178,7 @@ def test_wrong_direction_and_random_size_do_not_count() -> None:
     response = respond(measured({**backwards, **random_effects(0.2)}), "speed", "motion", 1.0)
     assert response is not None
     assert not response.works
+    assert not response.monotone
     assert response.rho == pytest.approx(-1.0)
     weak = {("speed", s): 0.15 * s for s in (-1.0, -0.5, 0.5, 1.0)}
     response = respond(measured({**weak, **random_effects(0.2)}), "speed", "motion", 1.0)
@@ -186,6 +188,14 @@ def test_wrong_direction_and_random_size_do_not_count() -> None:
     response = respond(measured({**backwards, **random_effects(0.2)}), "speed", "motion", -1.0)
     assert response is not None
     assert response.works
+
+
+@pytest.mark.parametrize(("effects", "monotone"), [((-0.3, 0.0, 0.2, 0.2), True), ((-0.3, -0.1, 0.2, 0.1), False)])
+def test_a_stair_is_monotone_and_a_dose_that_turns_back_is_not(effects: tuple[float, ...], monotone: bool) -> None:
+    stair = {("speed", s): e for s, e in zip((-1.0, -0.5, 0.5, 1.0), effects, strict=True)}
+    response = respond(measured({**stair, **random_effects(0.1)}), "speed", "motion", 1.0)
+    assert response is not None
+    assert response.monotone is monotone
 
 
 def test_axis_without_random_draws_proves_nothing() -> None:

@@ -246,5 +246,7 @@ def test_what_is_not_there_has_no_place_and_no_turn() -> None:
     assert numbers.shape == (2, GEOMETRY)
     place, position, _, wrist_place, _, turn, wrist_turn = numbers.split(PARTS, -1)
     assert place[1].tolist() == wrist_place[0].tolist() == [0.5, 0.5]
-    assert not position[1].any() and not turn[1].any() and not wrist_turn.any()
+    assert not position[1].any()
+    assert not turn[1].any()
+    assert not wrist_turn.any()
     assert bool(turn[0].any())
