@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sim.demonstrations import write_atomically
 from steer_runtime.errors import SteerError
 
 Row = Mapping[str, Any]
+_COLUMNS = 3
 
 
 class Log:
@@ -56,21 +58,39 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def plot(runs: Sequence[Path], out: Path) -> Path:
     """HTML page with one panel a quantity and one line a run, over steps; returns `out`. Raises SteerError('no_log')."""
+    from plotly.colors import qualitative
     from plotly.subplots import make_subplots
 
-    logs = {run.name: read_log(run / "log.jsonl") for run in runs}
+    logs = {name: read_log(run / "log.jsonl") for name, run in _named(runs).items()}
     names = sorted({k for rows in logs.values() for row in rows for k in row if k not in ("step", "seconds")})
     if not names:
         raise SteerError("no_log", f"the logs of {', '.join(logs)} hold nothing to draw yet; let the run go on")
-    figure = make_subplots(rows=len(names), cols=1, subplot_titles=names, vertical_spacing=0.3 / len(names) / 2)
-    for index, name in enumerate(names, start=1):
-        for run, rows in logs.items():
+    height = -(-len(names) // _COLUMNS)
+    figure = make_subplots(rows=height, cols=_COLUMNS, subplot_titles=names, vertical_spacing=0.3 / height)
+    shown = set()
+    for index, name in enumerate(names):
+        for colour, (run, rows) in zip(cycle(qualitative.Safe), logs.items(), strict=False):
             points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+            if not points:
+                continue
             figure.add_scatter(
-                x=[p[0] for p in points], y=[p[1] for p in points], name=run, legendgroup=run,
-                showlegend=index == 1, row=index, col=1,
+                x=[p[0] for p in points], y=[p[1] for p in points], name=run, legendgroup=run, line={"color": colour},
+                showlegend=run not in shown, row=index // _COLUMNS + 1, col=index % _COLUMNS + 1,
             )  # fmt: skip
-    figure.update_layout(height=260 * len(names), title="steps", template="plotly_white")
+            shown.add(run)
+    figure.update_layout(
+        height=240 * height, title="over steps", template="plotly_white", legend={"orientation": "h", "y": 1.04}
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(str(out), include_plotlyjs=True)
     return out
+
+
+def _named(runs: Sequence[Path]) -> dict[str, Path]:
+    """Each run under the shortest end of its path that no other run has."""
+    paths = list(dict.fromkeys(run.resolve() for run in runs))
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        named = {"/".join(path.parts[-parts:]): path for path in paths}
+        if len(named) == len(paths):
+            return named
+    raise AssertionError("different paths have different names")

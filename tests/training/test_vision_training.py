@@ -18,7 +18,7 @@ from sim.demonstrations import as_seen, episodes_in, read
 from sim.training import checkpoints, trainer
 from sim.training.cli import app
 from sim.training.frame_data import FrameData, load_frames, object_class
-from sim.training.log import read_log
+from sim.training.log import plot, read_log
 from sim.training.settings import PolicyTraining, TowerSettings, VisionTraining, read_settings
 from sim.training.vision import VisionSubject, localisation
 from sim.training.vision_weights import load_tower, save_tower
@@ -239,6 +239,16 @@ def test_the_shipped_files_are_valid() -> None:
         assert files
         for path in files:
             read_settings(path, kind)
+
+
+def test_runs_of_one_name_are_drawn_apart(data: FrameData, tmp_path: Path) -> None:
+    for parent in ("first", "second"):
+        run(data, tmp_path / parent / "training", steps=2)
+    page = plot(
+        [tmp_path / "first" / "training", tmp_path / "second" / "training"], tmp_path / "curves.html"
+    ).read_text()
+    assert "first\\u002ftraining" in page or "first/training" in page
+    assert "second\\u002ftraining" in page or "second/training" in page
 
 
 def test_the_command_trains_exports_and_plots(tmp_path: Path) -> None:
