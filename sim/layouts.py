@@ -99,8 +99,7 @@ def make(scene: Scene, kind: Kind, target: str, seed: int) -> Layout:
             "unknown_target",
             f"{scene.task.name!r} has no movable object {target[:80]!r}: expected one of {', '.join(scene.objects)}",
         )
-    if kind not in KINDS:
-        raise SteerError("unknown_layout", f"layout kind {kind!r} is not known: expected one of {', '.join(KINDS)}")
+    require_kind(kind)
     rng = np.random.default_rng([seed, *target.encode()])
     states = scene.task.initial_states
     base = states[int(rng.integers(len(states)))]

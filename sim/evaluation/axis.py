@@ -68,6 +68,18 @@ def conditions(draws: Sequence[Draw], strengths: Sequence[float]) -> list[Condit
     return [Condition(OFF, OFF, 0.0)] + [Condition(d.name, d.kind, s) for d in draws for s in signed]
 
 
+def only(wanted: Sequence[Condition], strengths: Sequence[float], known: Sequence[float]) -> list[Condition]:
+    """The conditions at these strengths, in both signs. Raises SteerError('bad_strength') for one that is not in `known`."""
+    strange = [s for s in strengths if s not in known]
+    if strange:
+        raise SteerError(
+            "bad_strength",
+            f"random axes were asked for at {strange[0]:g}, where the axis itself is not run: expected some of "
+            f"{', '.join(f'{s:g}' for s in known)}",
+        )
+    return [c for c in wanted if abs(c.strength) in strengths]
+
+
 class Steered:
     """The policy with all axes of an experiment attached; a context manager. `infer(condition)` steers by it."""
 

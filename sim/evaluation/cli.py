@@ -209,8 +209,8 @@ def labels(
 
 
 @app.command(
-    epilog="Examples:  steer eval axis pocket-libero --axis speed --form dense  ·  "
-    "steer eval axis pocket-libero --axis height --form neurons --layers 4-7 --alpha 8 --episodes 0"
+    epilog="Examples:  steer eval axis pocket-libero --axis speed --site 6 --norm 110  ·  "
+    "steer eval axis pocket-libero --axis height --form neurons --layers 5 --alpha 20 --span text --episodes 0"
 )
 def axis(
     policy: Policy,
@@ -277,9 +277,9 @@ def axis(
     tested = [c for c in wanted if c.kind in (axes.OFF, "words")]
     drawn = [c for c in wanted if c not in tested]
     layouts = runs.randomised(chosen, episodes, seed) if episodes else []
-    ridden_at = options.strengths(random_strengths or strengths)
-    ridden_draws = [c for c in drawn if abs(c.strength) in ridden_at]
-    closed = {**axes.closed_trials(layouts, tested), **axes.closed_trials(layouts[:random_episodes], ridden_draws)}
+    known = options.strengths(strengths)
+    ridden = axes.only(drawn, options.strengths(random_strengths) if random_strengths else known, known)
+    closed = {**axes.closed_trials(layouts, tested), **axes.closed_trials(layouts[:random_episodes], ridden)}
     moments_spec = BankSpec(moments, bank_episodes, suite, seed, size, meshes == "thin", str(recording or ""))
 
     name = f"axis-{axis}-{form}-" + (f"site{site}-norm{norm:g}" if form == "dense" else f"alpha{alpha:g}")
@@ -300,16 +300,16 @@ def axis(
                 rows = axes.run_offline(loaded, steered, asked, wanted, file, lambda c: tick(1, f"offline {c.key}"))
             with bar("closed loop", len(closed)) as tick:
                 tick(sum(key in file.rows for key in closed), "closed loop")
-                ridden = runs.run_trials(
+                episodes_run = runs.run_trials(
                     loaded, [trial for trial, _ in closed.values()], setting, file,
                     infer_for=lambda trial: steered.infer(closed[trial.key][1]),
                     on_trial=lambda trial, _: tick(1, trial.key),
                 )  # fmt: skip
-    closed_rows = axes.closed_rows(ridden, closed)
+    closed_rows = axes.closed_rows(episodes_run, closed)
     offline = [verdicts.respond(rows, axis, measure, sign) for measure, sign in axes.OFFLINE[axis]]
     whole = [verdicts.respond(closed_rows, axis, measure, sign) for measure, sign in axes.CLOSED[axis]]
     responses = [r for r in (*offline, *whole) if r is not None]
-    finish(loaded, path, configuration, verdicts.summarise(responses), ridden)
+    finish(loaded, path, configuration, verdicts.summarise(responses), episodes_run)
     if responses:
         chart = verdicts.draw_chart(responses, f"{loaded.name}: {name}", path.with_suffix(".html"))
         typer.echo(str(chart))

@@ -110,12 +110,11 @@ def go_on(model: OpenVLAModel, start: Path, suite: str) -> tuple[str, dict[str, 
     different = sorted({n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs}) or sorted(
         n for n in ours if ours[n].shape != theirs[n].shape
     )
-    # Words of the slots may differ: they are embeddings that stay as they are, and the policy learns which to say.
-    told = ([slot.name for slot in there.config.slots], there.config.names, there.config.prompt)
-    if different or told != ([slot.name for slot in model.config.slots], model.config.names, model.config.prompt):
+    said = (there.config.slots, there.config.names, there.config.prompt)
+    if different or said != (model.config.slots, model.config.names, model.config.prompt):
         raise SteerError(
             "other_checkpoint",
-            f"{start} is a policy of another shape ({', '.join(different[:3]) or 'other names or another prompt'}): train without `start`",
+            f"{start} is a policy of another shape ({', '.join(different[:3]) or 'other words'}): train without `start`",
         )
     with torch.no_grad():
         for name, parameter in ours.items():

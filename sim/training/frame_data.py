@@ -77,7 +77,7 @@ def load_frames(folders: Sequence[Path], *, classes: Sequence[str] | None = None
         if missing:
             raise SteerError(
                 "not_a_demonstration",
-                f"{path} holds no {', '.join(missing)}: expected a shard of frames, or an episode recorded with pictures",
+                f"{path} holds no {', '.join(missing)}: expected a shard of frames, or an episode with pictures; record it again",
             )
         own = [object_class(n) for n in json.loads(demo.attributes["object_names"])]
         if len(set(own)) != len(own):

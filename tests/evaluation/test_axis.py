@@ -226,6 +226,16 @@ def test_chart_and_lines_show_every_dose(tmp_path: Path) -> None:
     assert [w for w in what if w.endswith("effect")] == [f"  {s}: effect" for s in ("-1", "-0.5", "+0.5", "+1")]
 
 
+def test_random_axes_run_only_where_the_axis_does(policy: OpenVLAPolicy) -> None:
+    drawn = axis.conditions(make(policy, DENSE, basis_of(policy, "speed"), 1, 0)[1:], (0.5, 1.0))
+    kept = axis.only(drawn, (1.0,), (0.5, 1.0))
+    assert {c.strength for c in kept} == {-1.0, 1.0}
+    assert {c.draw for c in kept} == {c.draw for c in drawn} - {axis.OFF}
+    with pytest.raises(SteerError, match=r"asked for at 0\.7, .* expected some of 0\.5, 1") as caught:
+        axis.only(drawn, (0.7,), (0.5, 1.0))
+    assert caught.value.code == "bad_strength"
+
+
 def test_unusable_strengths_are_refused() -> None:
     for strengths in ((), (0.0,), (1.5,)):
         with pytest.raises(SteerError) as caught:
