@@ -12,7 +12,8 @@ import fabricate
 import pytest
 from typer.testing import CliRunner, Result
 
-from steer_runtime.cli.directions import app, parse_neurons, parse_numbers, show_label
+from steer_runtime.cli.directions import app
+from steer_runtime.cli.directions.common import parse_neurons, parse_numbers, show_label
 from steer_runtime.directions.store import DirectionStore
 from steer_runtime.errors import SteerError
 

@@ -1,0 +1,15 @@
+"""`steer directions`: read value vectors in words, make directions, look into the store."""
+
+from __future__ import annotations
+
+import typer
+
+from steer_runtime.cli.directions import catalog, labels, making
+
+app = typer.Typer(
+    help="Find, name and inspect directions: what a policy's value vectors say, and what to steer with.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+for verbs in (labels, making, catalog):
+    app.registered_commands += verbs.app.registered_commands
