@@ -252,6 +252,34 @@ def check(folder: Annotated[Path, typer.Argument(help="A folder that `steer data
     )
 
 
+@app.command(
+    epilog="Examples:  steer data moments out/data/object-held-out --out out/moments/neutral.safetensors  ·  "
+    "steer data moments out/data/object --out out/moments/told.safetensors --told --count 240 --episodes 40"
+)
+def moments(
+    folder: Annotated[Path, typer.Argument(help="A folder that `steer data record` wrote, with pictures.")],
+    out: Annotated[Path, typer.Option(help="The file of moments to write; one that is there is replaced.")],
+    count: Annotated[
+        int, typer.Option(min=4, help="Moments in all, evenly over approach, descent, carry and lowering.")
+    ] = 96,
+    episodes: Annotated[int, typer.Option(min=1, help="The first so many episodes.")] = 10,
+    told: Annotated[
+        bool, typer.Option("--told", help="Keep the prompt's words on pace, height and care; default: neutral prompts.")
+    ] = False,
+    seed: int = 0,
+) -> None:
+    """Take observations and what was measured at them from a recording, for finders and for scoring directions."""
+    from sim.evaluation.bank import BankSpec, recorded_moments
+    from steer_runtime.moments import QUANTITIES, save_moments
+
+    spec = BankSpec(count, episodes, seed=seed, recording=str(folder), told=told)
+    found = recorded_moments(spec)
+    save_moments(out, found, {"recording": folder.name, "told": told, "seed": seed})
+    phases = ", ".join(sorted({m.phase for m in found}))
+    typer.echo(f"{len(found)} moments of {len({m.episode for m in found})} episodes ({phases}) written to {out}")
+    typer.echo("measured: " + ", ".join(f"{name} ({unit})" for name, unit in QUANTITIES.items()))
+
+
 def _bar():  # type: ignore[no-untyped-def]
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -7,24 +7,24 @@ same moments.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from sim import demonstrations, layouts
-from sim.demonstrations import as_seen, write_atomically
+from sim.demonstrations import as_seen
 from sim.evaluation.episodes import randomised
+from sim.evaluation.motion import RATE_HZ
 from sim.policy_actor import observation_of
-from sim.record import PHASES
 from sim.rollout import Assignment, Step, run
 from sim.scene import Scene
 from steer_runtime.errors import SteerError
+from steer_runtime.moments import Moment, load_moments, save_moments
 from steer_runtime.types import Observation
 
 PARTS: tuple[tuple[str, ...], ...] = (("approach",), ("descend",), ("lift", "carry"), ("lower",))
@@ -35,18 +35,10 @@ _EVERY = 4  # steps between two candidate moments
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One observation, the gripper command given before it (-1 open, +1 close) and the phase the expert saw."""
-
-    observation: Observation
-    gripper: float
-    phase: str
-
-
-@dataclass(frozen=True)
 class BankSpec:
     """moments: how many in all. episodes: of the expert, plain, on random layouts. recording: a folder of `steer data
-    record` with pictures instead, whose first `episodes` episodes are used. thin: decimated meshes. size: pixels."""
+    record` with pictures instead, whose first `episodes` episodes are used; its moments carry what was measured. told: prompts
+    keep what the episode's own instruction says of the manner. thin: decimated meshes. size: pixels."""
 
     moments: int = 48
     episodes: int = 6
@@ -55,6 +47,7 @@ class BankSpec:
     size: int = 128
     thin: bool = True
     recording: str = ""
+    told: bool = False
 
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.moments < len(PARTS):
@@ -74,17 +67,27 @@ def bank(
     settings = _settings(spec, tasks)
     if path.is_file():
         return _stored(path, settings)
-    found = _recorded(spec) if spec.recording else _played(spec, tasks, on_episode)
-    chosen = _evenly(found, spec.moments, spec.seed)
-    write_atomically(path, _bytes(chosen, settings))
+    if spec.recording:
+        chosen = recorded_moments(spec)
+    else:
+        chosen = _evenly(_played(spec, tasks, on_episode), spec.moments, spec.seed)
+    save_moments(path, chosen, settings)
     # Read back, so that a first run and one that goes on hold the same numbers.
     return _stored(path, settings)
+
+
+def recorded_moments(spec: BankSpec) -> list[Moment]:
+    """Moments of a recording, as many of each part as there are and `spec.moments` allows.
+
+    Raises SteerError: 'no_recording', 'no_pictures', 'torn_file'.
+    """
+    return _evenly(_recorded(spec), spec.moments, spec.seed)
 
 
 def bank_path(folder: Path, spec: BankSpec, tasks: Sequence[int]) -> Path:
     """Where a bank stands in a folder of results; runs with the same settings share it."""
     digest = hashlib.sha256(json.dumps(_settings(spec, tasks), sort_keys=True).encode()).hexdigest()
-    return folder / f"bank-{digest[:12]}.npz"
+    return folder / f"bank-{digest[:12]}.safetensors"
 
 
 def _settings(spec: BankSpec, tasks: Sequence[int]) -> dict[str, Any]:
@@ -136,10 +139,29 @@ def _recorded(spec: BankSpec) -> list[list[Moment]]:
                 "wrist": np.ascontiguousarray(as_seen(a["obs/eye_in_hand_rgb"][image])),
             }
             state = np.concatenate([a["obs/ee_states"][index], a["obs/gripper_states"][index]]).astype(np.float64)
-            neutral = str(demo.attributes["base_instruction"])
-            observation = Observation(images, state, neutral, stamp_ns=int(index), frame_id=int(index))
-            parts[part].append(Moment(observation, float(a["obs/gripper_command"][index]), phase))
+            said = str(demo.attributes["language_instruction" if spec.told else "base_instruction"])
+            observation = Observation(images, state, said, stamp_ns=int(index), frame_id=int(index))
+            gripper = float(a["obs/gripper_command"][index])
+            parts[part].append(
+                Moment(observation, gripper, phase, _measured(a, int(index)), f"{path.parent.name}/{path.stem}")
+            )
     return parts
+
+
+def _measured(arrays: Mapping[str, np.ndarray], index: int) -> dict[str, float]:
+    """See `steer_runtime.moments.QUANTITIES`; nothing of motion at an episode's last step, which has no next one."""
+    place, turn = arrays["obs/ee_states"][:, :3], arrays["obs/ee_states"][:, 3:6]
+    out = {"height": float(place[index, 2] - place[0, 2]), "gripper": float(arrays["expert_actions"][index, 6])}
+    if index + 1 >= len(place):
+        return out
+    way = place[index + 1] - place[index]
+    between = Rotation.from_rotvec(turn[index + 1]) * Rotation.from_rotvec(turn[index]).inv()
+    return {
+        **out,
+        "speed": float(np.linalg.norm(way)) * RATE_HZ,
+        **{name: float(value) for name, value in zip(("dx", "dy", "dz"), way, strict=True)},
+        "rotation": float(between.magnitude()),
+    }
 
 
 def _part(phase: str) -> int | None:
@@ -159,42 +181,8 @@ def _evenly(parts: Sequence[Sequence[Moment]], count: int, seed: int) -> list[Mo
     return out
 
 
-def _bytes(moments: Sequence[Moment], settings: object) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        settings=np.array(json.dumps(settings, sort_keys=True)),
-        agentview=np.stack([m.observation.images["agentview"] for m in moments]),
-        wrist=np.stack([m.observation.images["wrist"] for m in moments]),
-        state=np.stack([m.observation.state for m in moments]),
-        instruction=np.array([m.observation.instruction for m in moments]),
-        gripper=np.array([m.gripper for m in moments]),
-        phase=np.array([PHASES.index(m.phase) for m in moments], np.uint8),
-    )
-    return buffer.getvalue()
-
-
 def _stored(path: Path, settings: object) -> list[Moment]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            a = {name: file[name] for name in file.files}
-        made_with = json.loads(str(a["settings"]))
-        moments = [
-            Moment(
-                Observation(
-                    {"agentview": a["agentview"][i], "wrist": a["wrist"][i]},
-                    a["state"][i],
-                    str(a["instruction"][i]),
-                    stamp_ns=i,
-                    frame_id=i,
-                ),
-                float(a["gripper"][i]),
-                PHASES[int(a["phase"][i])],
-            )
-            for i in range(len(a["state"]))
-        ]
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise SteerError("torn_file", f"{path} is damaged ({error}); delete it, and it is made again") from None
+    moments, made_with = load_moments(path)
     if made_with != settings:
         raise SteerError(
             "other_configuration",

@@ -13,11 +13,12 @@ import pytest
 from sim.demonstrations import build, dump, write_atomically
 from sim.evaluation import axis, axis_directions
 from sim.evaluation.axis_directions import AxisSpec, Draw, basis_of, make
-from sim.evaluation.bank import BankSpec, Moment, bank, bank_path
+from sim.evaluation.bank import BankSpec, bank, bank_path, recorded_moments
 from sim.evaluation.dose_response import draw_chart, respond, summarise
 from sim.evaluation.results import results
 from sim.record import PHASES
 from steer_runtime.errors import SteerError
+from steer_runtime.moments import QUANTITIES, Moment
 from steer_runtime.policies.openvla.policy import TOWER, OpenVLAPolicy
 
 NEURONS = AxisSpec("speed", "neurons", ("text", "action"), layers=(1, 2), count=6, alpha=3.0)
@@ -252,11 +253,17 @@ def recording(folder: Path, *, pictures: bool = True) -> Path:
         "obs/gripper_states": np.tile([0.04, -0.04], (steps, 1)),
         "obs/gripper_command": np.where(np.arange(steps) < 40, -1.0, 1.0),
         "obs/image_index": stored.astype(np.int32),
+        "expert_actions": np.tile(np.linspace(-1, 1, steps)[:, None], (1, 7)),
         "privileged/phase": (np.arange(steps) * len(PHASES) // steps).astype(np.uint8),
     }
     if pictures:
         arrays |= {"obs/agentview_rgb": images, "obs/eye_in_hand_rgb": images[::-1].copy()}
-    attributes = {"num_samples": steps, "base_instruction": "pick up the soup", "phase_names": dump(list(PHASES))}
+    attributes = {
+        "num_samples": steps,
+        "base_instruction": "pick up the soup",
+        "language_instruction": "pick up the soup slowly",
+        "phase_names": dump(list(PHASES)),
+    }
     content = build("demo_0", arrays, attributes, {})
     write_atomically(folder / "episodes" / "task" / "demo_0.hdf5", content)
     return folder
@@ -280,6 +287,19 @@ def test_bank_holds_every_part_and_is_the_same_when_read_again(tmp_path: Path) -
         index = step[float(moment.observation.state[0])]
         assert moment.gripper == (-1.0 if index < 40 else 1.0)
         np.testing.assert_array_equal(moment.observation.images["agentview"], recorded[index // 4][::-1, ::-1])
+
+
+def test_moments_of_a_recording_say_how_the_hand_moved(tmp_path: Path) -> None:
+    folder = recording(tmp_path / "recording")
+    for moment in recorded_moments(BankSpec(moments=8, episodes=1, recording=str(folder))):
+        # The recording's hand moves by 1/479 along each of x, y, z per number, six numbers a step.
+        way = 6 / 479
+        assert [moment.measured[n] for n in ("dx", "dy", "dz")] == pytest.approx([way] * 3)
+        assert moment.measured["speed"] == pytest.approx(way * 3**0.5 * 20)
+        assert moment.measured["height"] == pytest.approx(moment.observation.state[2] - 2 / 479)
+        assert moment.measured["rotation"] > 0
+        assert set(moment.measured) == set(QUANTITIES)
+        assert moment.episode == "task/demo_0"
 
 
 def test_bank_of_a_recording_without_pictures_is_refused(tmp_path: Path) -> None:
