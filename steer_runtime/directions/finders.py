@@ -1,4 +1,4 @@
-"""Ways to find a direction: by the words of its labels, by neuron, by word embeddings, from the seed's clusters.
+"""Ways to find a direction: by the words of its labels, by neuron, by word embeddings.
 
 Invariant: a finder returns a Direction whose provenance is enough to find it again (finder, words, labels, scores).
 """
@@ -6,16 +6,15 @@ Invariant: a finder returns a Direction whose provenance is enough to find it ag
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from steer_runtime.directions.direction import Direction, Neurons, Operation
+from steer_runtime.directions.index import search
 from steer_runtime.directions.token_basis import Labels, TokenBasis, TowerIdentity
 from steer_runtime.errors import SteerError
 from steer_runtime.types import ALL_ROLES, Role
@@ -24,9 +23,6 @@ OPENVLA_ALPHA = 4.0
 """The seed's override value for OpenVLA; it used 10 for pi0-FAST (Haon et al., CoRL 2025, arXiv 2509.00328)."""
 CLUSTER_SIZE = 20
 """The largest cluster of the seed holds 20 neurons."""
-OPENVLA_SIZE, PI0_FAST_SIZE = (32, 11008), (18, 16384)
-"""(layers, d_ff) behind the flat indices of the seed's published clusters: Llama 2 7B and Gemma 2B."""
-MAX_CLUSTER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,55 +43,6 @@ class Recipe:
     span: frozenset[Role] | None = None
     max_strength: float = 1.0
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Match:
-    """A value vector whose label carries the words. rank: place of its best matching token in the label, 0 first;
-    score: projection of that token; matches: tokens of the label that match."""
-
-    layer: int
-    neuron: int
-    rank: int
-    score: float
-    matches: int
-    label: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Directions of a cluster file, and the names of its empty clusters (the seed's `blank` is its control)."""
-
-    directions: tuple[Direction, ...]
-    empty: tuple[str, ...]
-
-
-def search(labels: Labels, words: Sequence[str], *, against: Sequence[str] = ()) -> list[Match]:
-    """Value vectors whose label holds one of `words` and none of `against`, best first.
-
-    A token matches a word when they are equal but for case and leading space. Order: number of matching tokens, then
-    projection score of the best one. Raises SteerError('unknown_word') for a word that no single token reads.
-    """
-    if not words:
-        raise SteerError("unknown_word", "no words were given to search for: expected one or more, such as 'up'")
-    hit = np.isin(labels.tokens, _tokens(labels.basis, words))
-    mixed = np.isin(labels.tokens, _tokens(labels.basis, against)).any(axis=-1)
-    count = np.where(mixed, 0, hit.sum(axis=-1))
-    rows, neurons = np.nonzero(count)
-    ranks = hit[rows, neurons].argmax(axis=-1)
-    scores = labels.scores[rows, neurons, ranks]
-    order = np.lexsort((neurons, rows, -scores, -count[rows, neurons]))
-    return [
-        Match(
-            layer=labels.layers[rows[i]],
-            neuron=int(neurons[i]),
-            rank=int(ranks[i]),
-            score=float(scores[i]),
-            matches=int(count[rows[i], neurons[i]]),
-            label=tuple(labels.text(labels.layers[rows[i]], int(neurons[i]))),
-        )
-        for i in order
-    ]
 
 
 def from_words(
@@ -122,7 +69,7 @@ def from_words(
         "layers_searched": list(labels.layers),
         "neurons": [_fact(labels, m.layer, m.neuron) | {"matches": m.matches, "score": m.score} for m in found],
     }
-    return _of_neurons(labels.identity, recipe, [(m.layer, m.neuron) for m in found], facts)
+    return of_neurons(labels.identity, recipe, [(m.layer, m.neuron) for m in found], facts)
 
 
 def from_neurons(
@@ -133,12 +80,12 @@ def from_neurons(
     Raises SteerError: 'layer_out_of_range', 'neuron_out_of_range', and what Direction refuses.
     """
     facts: dict[str, Any] = {"finder": "from_neurons"}
-    direction = _of_neurons(identity, recipe, neurons, facts)
+    direction = of_neurons(identity, recipe, neurons, facts)
     if labels is None:
         return direction
     # Labels are looked up only after Direction has refused what is out of range, in its own words.
     facts["neurons"] = [_fact(labels, layer, neuron) for layer, neuron in neurons]
-    return _of_neurons(identity, recipe, neurons, facts)
+    return of_neurons(identity, recipe, neurons, facts)
 
 
 def dense_from_words(
@@ -198,77 +145,7 @@ def dense_from_words(
     )
 
 
-def from_clusters(
-    path: Path | str, identity: TowerIdentity, recipe: Recipe, *, made_for: tuple[int, int] = OPENVLA_SIZE
-) -> Clusters:
-    """Every cluster of a file in the seed's published format, named by the file (the recipe's name is not used).
-
-    Format: YAML, cluster -> list of flat indices, or mapping of flat index to label; flat = layer * d_ff + neuron. A
-    flat index means nothing without the sizes it was computed with, so `made_for` = (layers, d_ff) must be the tower's.
-    Raises SteerError: 'bad_clusters', 'other_model', 'neuron_out_of_range'.
-    """
-    if (identity.layers, identity.d_ff) != made_for:
-        raise SteerError(
-            "other_model",
-            f"clusters of a model with (layers, d_ff) {made_for} do not fit tower {identity.tower!r} with "
-            f"{(identity.layers, identity.d_ff)}: load the model they were made for",
-        )
-    path = Path(path)
-    directions, empty = [], []
-    for name, cluster in _read_clusters(path).items():
-        if not cluster:
-            empty.append(name)
-            continue
-        pairs = [identity.unflat(flat) for flat in cluster]
-        facts: dict[str, Any] = {"finder": "from_clusters", "file": path.name, "flat": list(cluster)}
-        if isinstance(cluster, dict):
-            facts["labels"] = [
-                [str(t) for t in label] if isinstance(label, list) else str(label) for label in cluster.values()
-            ]
-        directions.append(_of_neurons(identity, recipe, pairs, facts, name=name))
-    return Clusters(tuple(directions), tuple(empty))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error; PyYAML would keep the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        return mapping
-
-
-def _read_clusters(path: Path) -> dict[str, list[int] | dict[int, Any]]:
-    def refuse(reason: str) -> SteerError:
-        return SteerError(
-            "bad_clusters",
-            f"cluster file {path.name!r} {reason}: expected YAML of cluster names over flat indices",
-        )
-
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CLUSTER_BYTES + 1)
-    except OSError as why:
-        raise refuse(f"cannot be read ({why.strerror})") from why
-    if len(content) > MAX_CLUSTER_BYTES:
-        raise refuse(f"is larger than {MAX_CLUSTER_BYTES} bytes")
-    try:
-        parsed = yaml.load(content, Loader=_UniqueKeys)  # a SafeLoader: builds plain data only
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as why:
-        raise refuse(f"is not plain YAML ({' '.join(str(why).split())[:120]})") from why
-    if not isinstance(parsed, dict):
-        raise refuse("holds no mapping")
-    for name, cluster in parsed.items():
-        if not isinstance(name, str) or not isinstance(cluster, list | dict | None):
-            raise refuse(f"has the entry {str(name)[:80]!r}, which is no cluster")
-        odd = [flat for flat in cluster or () if type(flat) is not int]
-        if odd:
-            raise refuse(f"has {str(odd[0])[:80]!r} in cluster {name[:80]!r}, which is no flat index")
-    return {name: cluster or [] for name, cluster in parsed.items()}
-
-
-def _of_neurons(
+def of_neurons(
     identity: TowerIdentity,
     recipe: Recipe,
     pairs: Sequence[tuple[int, int]],
@@ -325,10 +202,6 @@ def _direction(
 def _fact(labels: Labels, layer: int, neuron: int) -> dict[str, Any]:
     scores = [round(float(s), 4) for s in labels.scores[labels.row(layer), neuron]]
     return {"layer": layer, "neuron": neuron, "label": labels.text(layer, neuron), "label_scores": scores}
-
-
-def _tokens(basis: TokenBasis, words: Sequence[str]) -> np.ndarray:
-    return np.array([token for word in words for token in basis.tokens_of(word)], np.int32)
 
 
 def _single_tokens(basis: TokenBasis, word: str) -> tuple[int, ...]:

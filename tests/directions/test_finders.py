@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from steer_runtime.directions import finders
+from steer_runtime.directions import finders, index
 from steer_runtime.directions.finders import Recipe
+from steer_runtime.directions.formats import clusters as clusters_format
 from steer_runtime.directions.store import DirectionStore
 from steer_runtime.directions.token_basis import Labels, TokenBasis, TowerIdentity
 from steer_runtime.errors import SteerError
@@ -51,7 +52,7 @@ def labels(tiny_policy: OpenVLAPolicy) -> Labels:
 
 
 def test_search_ranks_by_matching_tokens_then_by_score(labels: Labels) -> None:
-    found = finders.search(labels, ["up", "above"])
+    found = index.search(labels, ["up", "above"])
     assert [(m.layer, m.neuron, m.matches, m.rank, m.score) for m in found] == [
         (1, 2, 2, 0, 1.0),
         (1, 6, 1, 1, 4.0),
@@ -61,7 +62,7 @@ def test_search_ranks_by_matching_tokens_then_by_score(labels: Labels) -> None:
 
 
 def test_search_leaves_out_vectors_that_say_both(labels: Labels) -> None:
-    found = finders.search(labels, ["up"], against=["below", "slow"])
+    found = index.search(labels, ["up"], against=["below", "slow"])
     assert [(m.layer, m.neuron) for m in found] == [(0, 5), (1, 2)]
 
 
@@ -74,17 +75,17 @@ def test_search_finds_what_a_loop_over_the_texts_finds(tiny_policy: OpenVLAPolic
         if {t.strip().casefold() for t in labels.text(layer, neuron)} & {"fast", "quick"}
     }
     assert expected
-    assert {(m.layer, m.neuron) for m in finders.search(labels, ["Fast", " quick"])} == expected
+    assert {(m.layer, m.neuron) for m in index.search(labels, ["Fast", " quick"])} == expected
 
 
 def test_a_word_that_is_no_token_is_refused_by_name(labels: Labels) -> None:
-    error = refused(lambda: finders.search(labels, ["up", "skyward"]))
+    error = refused(lambda: index.search(labels, ["up", "skyward"]))
     assert error.code == "unknown_word"
     assert "'skyward'" in error.sentence
 
 
 def test_search_needs_words(labels: Labels) -> None:
-    assert refused(lambda: finders.search(labels, [])).code == "unknown_word"
+    assert refused(lambda: index.search(labels, [])).code == "unknown_word"
 
 
 def test_from_words_overrides_the_best_matches_at_four(labels: Labels) -> None:
@@ -201,16 +202,21 @@ def test_words_that_make_no_dense_direction_are_refused(
         (
             "corl2025_openvla_clusters.yaml",
             OPENVLA,
-            finders.OPENVLA_SIZE,
+            clusters_format.OPENVLA_SIZE,
             {"up_10": 10, "up_20": 20, "careful_10_full": 10},
         ),
-        ("corl2025_pi0fast_clusters.yaml", PI0_FAST, finders.PI0_FAST_SIZE, {"high_cluster": 3, "low_cluster": 4}),
+        (
+            "corl2025_pi0fast_clusters.yaml",
+            PI0_FAST,
+            clusters_format.PI0_FAST_SIZE,
+            {"high_cluster": 3, "low_cluster": 4},
+        ),
     ],
 )
 def test_the_published_clusters_load(
     file: str, identity: TowerIdentity, made_for: tuple[int, int], sizes: dict[str, int]
 ) -> None:
-    clusters = finders.from_clusters(CLUSTERS / file, identity, RECIPE, made_for=made_for)
+    clusters = clusters_format.from_clusters(CLUSTERS / file, identity, RECIPE, made_for=made_for)
     found = {d.name: len(d.neurons or ()) for d in clusters.directions}
     assert found.items() >= sizes.items()
     assert clusters.empty == (("blank",) if "openvla" in file else ())
@@ -218,7 +224,7 @@ def test_the_published_clusters_load(
 
 def test_a_published_cluster_keeps_its_flat_indices_and_labels(tmp_path: Path) -> None:
     path = CLUSTERS / "corl2025_openvla_clusters.yaml"
-    up = next(d for d in finders.from_clusters(path, OPENVLA, RECIPE).directions if d.name == "up_10")
+    up = next(d for d in clusters_format.from_clusters(path, OPENVLA, RECIPE).directions if d.name == "up_10")
     assert up.neurons is not None
     flat = [OPENVLA.flat(int(a), int(b)) for a, b in zip(up.neurons.layer, up.neurons.neuron, strict=True)]
     assert flat == list(yaml.safe_load(path.read_text())["up_10"])
@@ -230,7 +236,7 @@ def test_a_published_cluster_keeps_its_flat_indices_and_labels(tmp_path: Path) -
 def test_clusters_of_a_model_of_another_size_are_refused() -> None:
     other = TowerIdentity("lm", "f" * 64, 8, 576, 1536)
     path = CLUSTERS / "corl2025_openvla_clusters.yaml"
-    assert refused(lambda: finders.from_clusters(path, other, RECIPE)).code == "other_model"
+    assert refused(lambda: clusters_format.from_clusters(path, other, RECIPE)).code == "other_model"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,7 @@ def test_clusters_of_a_model_of_another_size_are_refused() -> None:
 def test_a_cluster_file_that_is_none_is_refused(tmp_path: Path, text: str, code: str) -> None:
     path = tmp_path / "clusters.yaml"
     path.write_text(text)
-    error = refused(lambda: finders.from_clusters(path, OPENVLA, RECIPE))
+    error = refused(lambda: clusters_format.from_clusters(path, OPENVLA, RECIPE))
     assert error.code == code
     assert str(tmp_path) not in error.sentence
 
@@ -263,7 +269,7 @@ def test_no_path_of_this_machine_gets_into_a_card(labels: Labels) -> None:
     made = [
         finders.from_words(labels, RECIPE, ["up"]),
         finders.from_neurons(labels.identity, RECIPE, [(0, 1)], labels=labels),
-        *finders.from_clusters(CLUSTERS / "corl2025_openvla_clusters.yaml", OPENVLA, RECIPE).directions,
+        *clusters_format.from_clusters(CLUSTERS / "corl2025_openvla_clusters.yaml", OPENVLA, RECIPE).directions,
     ]
     for direction in made:
         assert str(CLUSTERS.parent) not in json.dumps(direction.card())

@@ -79,11 +79,11 @@ def search(
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Value vectors whose labels carry words; `flat` is layer * d_ff + neuron, as in the published OpenVLA clusters."""
-    from steer_runtime.directions import finders
+    from steer_runtime.directions import index
 
     loaded = load(policy)
     found = labels_for(loaded, tower, cache, parse_numbers(layers, "layers"))
-    matches = finders.search(found, words, against=parse_words(against))
+    matches = index.search(found, words, against=parse_words(against))
     said = f"{len(matches)} value vectors of {policy_title(loaded)} say {', '.join(words)}"
     table = new_table(
         f"{said}; the first {min(top, len(matches))}", "layer", "neuron", "flat", "rank", "score", "label"

@@ -130,16 +130,17 @@ def clusters(
 ) -> None:
     """Save every cluster of a published file as a direction of this policy, if its sizes are the right ones."""
     from steer_runtime.directions import finders
+    from steer_runtime.directions.formats import clusters as clusters_format
     from steer_runtime.directions.store import DirectionStore
     from steer_runtime.directions.token_basis import TowerIdentity
 
-    sizes = {"openvla": finders.OPENVLA_SIZE, "pi0fast": finders.PI0_FAST_SIZE}
+    sizes = {"openvla": clusters_format.OPENVLA_SIZE, "pi0fast": clusters_format.PI0_FAST_SIZE}
     if made_for not in sizes:
         raise SteerError("bad_option", f"--made-for {made_for[:40]!r} is unknown: expected {' or '.join(sizes)}")
     loaded = load(policy)
     identity = TowerIdentity.of(tower_of(loaded, tower), loaded.model_hash)
     recipe = finders.Recipe(name="", date=today(), alpha=alpha, facts=policy_facts(loaded))
-    found = finders.from_clusters(file, identity, recipe, made_for=sizes[made_for])
+    found = clusters_format.from_clusters(file, identity, recipe, made_for=sizes[made_for])
     for direction in found.directions:
         DirectionStore(store).save(direction)
         say(f"saved {direction.id}, {len(direction.neurons or ())} neurons{untrained_suffix([direction])}")

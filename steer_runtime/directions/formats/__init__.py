@@ -1,0 +1,1 @@
+"""Directions of other projects, read and written as data."""
