@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from steer_runtime.directions.token_basis import Labels, TokenBasis, TowerIdentity
 from steer_runtime.policies.openvla.actions import Statistics, select_statistics
 from steer_runtime.policies.openvla.checkpoint import save_checkpoint
 from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, ViTConfig
@@ -161,3 +162,16 @@ def make_observation(
         stamp_ns=1_000_000 * (frame_id + 1),
         frame_id=frame_id,
     )
+
+
+def made_labels(policy: OpenVLAPolicy, rows: dict[tuple[int, int], list[tuple[str, float]]]) -> Labels:
+    """Labels of 2 layers x 8 neurons x 3 tokens: the given (word, score) lists, filler elsewhere."""
+    basis = TokenBasis.of(policy)
+    filler = basis.tokens_of("word40")[0]
+    tokens = np.full((2, 8, 3), filler, np.int32)
+    scores = np.tile(np.array([0.3, 0.2, 0.1], np.float32), (2, 8, 1))
+    for (layer, neuron), label in rows.items():
+        for i, (word, score) in enumerate(label):
+            tokens[layer, neuron, i], scores[layer, neuron, i] = basis.tokens_of(word)[0], score
+    identity = TowerIdentity("lm", policy.model_hash, 2, policy.towers["lm"].d_model, 8)
+    return Labels(identity, (0, 1), tokens, scores, basis)

@@ -6,41 +6,23 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import fabricate
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from steer_runtime.directions import finders, index
+from steer_runtime.directions import finders
 from steer_runtime.directions.finders import Recipe
-from steer_runtime.directions.formats import clusters as clusters_format
-from steer_runtime.directions.store import DirectionStore
 from steer_runtime.directions.token_basis import Labels, TokenBasis, TowerIdentity
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
-CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
-OPENVLA = TowerIdentity("lm", "f" * 64, 32, 4096, 11008)
-PI0_FAST = TowerIdentity("prefix", "f" * 64, 18, 2048, 16384)
 RECIPE = Recipe("up", "2026-01-31")
-
-
-def made_labels(policy: OpenVLAPolicy, rows: dict[tuple[int, int], list[tuple[str, float]]]) -> Labels:
-    """Labels of 2 layers x 8 neurons x 3 tokens: the given (word, score) lists, filler elsewhere."""
-    basis = TokenBasis.of(policy)
-    filler = basis.tokens_of("word40")[0]
-    tokens = np.full((2, 8, 3), filler, np.int32)
-    scores = np.tile(np.array([0.3, 0.2, 0.1], np.float32), (2, 8, 1))
-    for (layer, neuron), label in rows.items():
-        for i, (word, score) in enumerate(label):
-            tokens[layer, neuron, i], scores[layer, neuron, i] = basis.tokens_of(word)[0], score
-    identity = TowerIdentity("lm", policy.model_hash, 2, policy.towers["lm"].d_model, 8)
-    return Labels(identity, (0, 1), tokens, scores, basis)
 
 
 @pytest.fixture
 def labels(tiny_policy: OpenVLAPolicy) -> Labels:
-    return made_labels(
+    return fabricate.made_labels(
         tiny_policy,
         {
             (0, 1): [("up", 2.0), ("slow", 1.0)],
@@ -49,43 +31,6 @@ def labels(tiny_policy: OpenVLAPolicy) -> Labels:
             (1, 6): [("below", 5.0), ("up", 4.0)],
         },
     )
-
-
-def test_search_ranks_by_matching_tokens_then_by_score(labels: Labels) -> None:
-    found = index.search(labels, ["up", "above"])
-    assert [(m.layer, m.neuron, m.matches, m.rank, m.score) for m in found] == [
-        (1, 2, 2, 0, 1.0),
-        (1, 6, 1, 1, 4.0),
-        (0, 5, 1, 1, 3.0),
-        (0, 1, 1, 0, 2.0),
-    ]
-
-
-def test_search_leaves_out_vectors_that_say_both(labels: Labels) -> None:
-    found = index.search(labels, ["up"], against=["below", "slow"])
-    assert [(m.layer, m.neuron) for m in found] == [(0, 5), (1, 2)]
-
-
-def test_search_finds_what_a_loop_over_the_texts_finds(tiny_policy: OpenVLAPolicy) -> None:
-    labels = TokenBasis.of(tiny_policy).project(tiny_policy.towers["lm"], tiny_policy.model_hash)
-    expected = {
-        (layer, neuron)
-        for layer in labels.layers
-        for neuron in range(labels.identity.d_ff)
-        if {t.strip().casefold() for t in labels.text(layer, neuron)} & {"fast", "quick"}
-    }
-    assert expected
-    assert {(m.layer, m.neuron) for m in index.search(labels, ["Fast", " quick"])} == expected
-
-
-def test_a_word_that_is_no_token_is_refused_by_name(labels: Labels) -> None:
-    error = refused(lambda: index.search(labels, ["up", "skyward"]))
-    assert error.code == "unknown_word"
-    assert "'skyward'" in error.sentence
-
-
-def test_search_needs_words(labels: Labels) -> None:
-    assert refused(lambda: index.search(labels, [])).code == "unknown_word"
 
 
 def test_from_words_overrides_the_best_matches_at_four(labels: Labels) -> None:
@@ -196,83 +141,13 @@ def test_words_that_make_no_dense_direction_are_refused(
     assert error.code == code
 
 
-@pytest.mark.parametrize(
-    ("file", "identity", "made_for", "sizes"),
-    [
-        (
-            "corl2025_openvla_clusters.yaml",
-            OPENVLA,
-            clusters_format.OPENVLA_SIZE,
-            {"up_10": 10, "up_20": 20, "careful_10_full": 10},
-        ),
-        (
-            "corl2025_pi0fast_clusters.yaml",
-            PI0_FAST,
-            clusters_format.PI0_FAST_SIZE,
-            {"high_cluster": 3, "low_cluster": 4},
-        ),
-    ],
-)
-def test_the_published_clusters_load(
-    file: str, identity: TowerIdentity, made_for: tuple[int, int], sizes: dict[str, int]
-) -> None:
-    clusters = clusters_format.from_clusters(CLUSTERS / file, identity, RECIPE, made_for=made_for)
-    found = {d.name: len(d.neurons or ()) for d in clusters.directions}
-    assert found.items() >= sizes.items()
-    assert clusters.empty == (("blank",) if "openvla" in file else ())
-
-
-def test_a_published_cluster_keeps_its_flat_indices_and_labels(tmp_path: Path) -> None:
-    path = CLUSTERS / "corl2025_openvla_clusters.yaml"
-    up = next(d for d in clusters_format.from_clusters(path, OPENVLA, RECIPE).directions if d.name == "up_10")
-    assert up.neurons is not None
-    flat = [OPENVLA.flat(int(a), int(b)) for a, b in zip(up.neurons.layer, up.neurons.neuron, strict=True)]
-    assert flat == list(yaml.safe_load(path.read_text())["up_10"])
-    assert up.provenance["labels"][0][:2] == ["up", "Up"]
-    DirectionStore(tmp_path).save(up)
-    assert DirectionStore(tmp_path).load("up_10").hash == up.hash
-
-
-def test_clusters_of_a_model_of_another_size_are_refused() -> None:
-    other = TowerIdentity("lm", "f" * 64, 8, 576, 1536)
-    path = CLUSTERS / "corl2025_openvla_clusters.yaml"
-    assert refused(lambda: clusters_format.from_clusters(path, other, RECIPE)).code == "other_model"
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        (f"up: [{32 * 11008}]", "neuron_out_of_range"),
-        ("up: [-1]", "neuron_out_of_range"),
-        ("up: [1, 1]", "bad_direction"),
-        ("up: {1: [a], 1: [b]}", "bad_clusters"),
-        ("up: [true]", "bad_clusters"),
-        ("up: ['1']", "bad_clusters"),
-        ("up: 5", "bad_clusters"),
-        ("[1, 2]", "bad_clusters"),
-        ("up: [1", "bad_clusters"),
-        ("up: !!python/object/apply:os.getcwd []", "bad_clusters"),
-        ("../up: [1]", "bad_name"),
-        ("up: " + "[" * 20_000, "bad_clusters"),
-        ("up: [" + "1, " * 400_000 + "2]", "bad_clusters"),
-    ],
-)
-def test_a_cluster_file_that_is_none_is_refused(tmp_path: Path, text: str, code: str) -> None:
-    path = tmp_path / "clusters.yaml"
-    path.write_text(text)
-    error = refused(lambda: clusters_format.from_clusters(path, OPENVLA, RECIPE))
-    assert error.code == code
-    assert str(tmp_path) not in error.sentence
-
-
 def test_no_path_of_this_machine_gets_into_a_card(labels: Labels) -> None:
     made = [
         finders.from_words(labels, RECIPE, ["up"]),
         finders.from_neurons(labels.identity, RECIPE, [(0, 1)], labels=labels),
-        *clusters_format.from_clusters(CLUSTERS / "corl2025_openvla_clusters.yaml", OPENVLA, RECIPE).directions,
     ]
     for direction in made:
-        assert str(CLUSTERS.parent) not in json.dumps(direction.card())
+        assert str(Path(__file__).parents[2]) not in json.dumps(direction.card())
 
 
 def identity_of(policy: OpenVLAPolicy) -> TowerIdentity:
