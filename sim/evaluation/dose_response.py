@@ -1,9 +1,11 @@
 """From steered and unsteered measurements to a verdict: effect against strength, beside random directions.
 
-Rules. Effect: mean over pairs (one moment or one layout) of steered minus unsteered. Threshold at a signed strength: the
-95th percentile over random draws of the size of their effect there, whatever its sign; that is the two-sided test, and a
-random direction that pushes the wrong way counts as much as one that pushes the right way. An axis works at a strength
-when its effect, in the direction its words name, is beyond the threshold of every kind of random draw.
+Rules. Effect: mean over pairs (one moment or one layout) of steered minus unsteered. Two thresholds at a signed strength,
+each over the random draws of a kind there: the 95th percentile of the size of their effects, whatever its sign (a random
+direction that pushes the wrong way counts as much as one that pushes the right way), and the 95th percentile of their
+effects in the direction that the axis's words name (one that lifts says nothing against an axis that lowers). An axis
+works at a strength when its effect, in the direction its words name, is beyond the thresholds of every kind of random
+draw; both readings are told, and the stricter one, of sizes, is what `beyond` means.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ Row = Mapping[str, Any]
 @dataclass(frozen=True)
 class Dose:
     """The axis at one strength. mean: of the measure; effect: paired difference to unsteered, low, high: its 95 % interval
-    (bootstrap over pairs). random: kind of draw -> 95th percentile of the size of the effects of its draws;
-    draws: how many those are.
+    (bootstrap over pairs). random: kind of draw -> 95th percentile of the size of the effects of its draws; directed: the
+    same of their effects in the wanted direction (negative where all draws push the other way); draws: how many those are.
 
-    beyond: effect in the wanted direction and larger than every threshold. success: share, of n closed-loop episodes.
+    beyond, beyond_directed: effect in the wanted direction and larger than every threshold of either kind. success: share,
+    of n closed-loop episodes.
     """
 
     strength: float
@@ -39,8 +42,10 @@ class Dose:
     high: float
     pairs: int
     random: Mapping[str, float]
+    directed: Mapping[str, float]
     draws: Mapping[str, int]
     beyond: bool
+    beyond_directed: bool
     success: float | None
     n: int
 
@@ -110,12 +115,14 @@ def respond(rows: Sequence[Row], axis: str, measure: str, sign: float) -> Respon
         if not mine:
             continue
         effect, low, high = bootstrap(mine, mean_difference)
-        sizes: dict[str, list[float]] = {}
+        towards = sign * float(np.sign(strength))
+        effects: dict[str, list[float]] = {}
         for draw, kind in kinds.items():
             if draw not in (OFF, axis) and (theirs := pairs(draw, strength)):
-                sizes.setdefault(kind, []).append(abs(float(np.mean([a - b for a, b in theirs]))))
-        random = {kind: float(np.quantile(values, 0.95)) for kind, values in sizes.items()}
-        wanted = effect * sign * np.sign(strength)
+                effects.setdefault(kind, []).append(towards * float(np.mean([a - b for a, b in theirs])))
+        random = {kind: float(np.quantile(np.abs(values), 0.95)) for kind, values in effects.items()}
+        directed = {kind: float(np.quantile(values, 0.95)) for kind, values in effects.items()}
+        wanted = effect * towards
         ended = done.get((axis, strength), [])
         doses.append(
             Dose(
@@ -126,8 +133,11 @@ def respond(rows: Sequence[Row], axis: str, measure: str, sign: float) -> Respon
                 high=high,
                 pairs=len(mine),
                 random=random,
-                draws={kind: len(values) for kind, values in sizes.items()},
-                beyond=bool(random) and bool(wanted > max(random.values())),
+                directed=directed,
+                draws={kind: len(values) for kind, values in effects.items()},
+                beyond=bool(random) and wanted > max(random.values()),
+                # An effect the wrong way is never one of the axis, however far random draws push.
+                beyond_directed=bool(directed) and wanted > max(0.0, *directed.values()),
                 success=float(np.mean(ended)) if ended else None,
                 n=len(ended),
             )
@@ -149,9 +159,17 @@ def summarise(responses: Sequence[Response]) -> list[Line]:
     for r in responses:
         for ends, name in ((1.0, "up"), (-1.0, "down")):
             mine = [d for d in r.doses if d.strength * ends > 0]
+            tested = [d for d in mine if d.random]
             lines.append(
-                Line(f"{r.measure}: strengths beyond random, {name}", sum(d.beyond for d in mine), n=len(mine), least=1)
+                Line(
+                    f"{r.measure}: strengths beyond random, {name}",
+                    sum(d.beyond for d in tested),
+                    n=len(tested),
+                    least=1,
+                )
             )
+            held = sum(d.beyond_directed for d in tested)
+            lines.append(Line("  the same, against random effects that way alone", held, n=len(tested), least=1))
         lines.append(
             Line("  monotone (no dose undoes a smaller one)", float(r.monotone), n=len(r.doses) + 1, least=1.0)
         )
@@ -160,7 +178,8 @@ def summarise(responses: Sequence[Response]) -> list[Line]:
         for d in r.doses:
             lines.append(Line(f"  {d.strength:+g}: effect", d.effect, d.low, d.high, d.pairs))
             for kind, size in d.random.items():
-                lines.append(Line(f"    95 % of {kind}", size, n=d.draws[kind]))
+                lines.append(Line(f"    95 % of {kind}, size", size, n=d.draws[kind]))
+                lines.append(Line(f"    95 % of {kind}, this way", d.directed[kind], n=d.draws[kind]))
             if d.success is not None:
                 low, high = wilson(round(d.success * d.n), d.n)
                 lines.append(Line("    success", d.success, low, high, d.n, "%"))

@@ -199,6 +199,20 @@ def test_a_stair_is_monotone_and_a_dose_that_turns_back_is_not(effects: tuple[fl
     assert response.monotone is monotone
 
 
+def test_random_effects_of_one_side_are_held_against_that_side_alone() -> None:
+    mine = {("speed", s): 0.1 * s for s in (-1.0, 1.0)}
+    # Every random draw pushes up by 0.2 at either end, or not at all.
+    drawn = {(f"gaussian-{i}", s): 0.2 * (i % 2) for i in range(20) for s in (-1.0, 1.0)}
+    response = respond(measured({**mine, **drawn}), "speed", "motion", 1.0)
+    assert response is not None
+    down, up = response.doses
+    assert (down.beyond, down.beyond_directed) == (False, True)
+    assert (up.beyond, up.beyond_directed) == (False, False)
+    assert (down.directed["gaussian"], up.directed["gaussian"]) == pytest.approx((0.0, 0.2))
+    held = [line.value for line in summarise([response]) if "that way alone" in line.what]
+    assert held == [0, 1]
+
+
 def test_axis_without_random_draws_proves_nothing() -> None:
     response = respond(measured({("speed", -1.0): -0.3, ("speed", 1.0): 0.3}), "speed", "motion", 1.0)
     assert response is not None
