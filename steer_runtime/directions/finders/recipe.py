@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from steer_runtime.directions.direction import Direction, Neurons, Operation
+from steer_runtime.directions.direction import NO_LICENCE, Direction, Neurons, Operation
 from steer_runtime.directions.token_basis import TowerIdentity
 from steer_runtime.errors import SteerError
 from steer_runtime.types import ALL_ROLES, Role
@@ -28,7 +28,7 @@ class Recipe:
     date: ISO date of making it, given by the caller so that the same inputs give the same hash.
     op, alpha, span: None for the finder's own default. alpha: activation, summand, factor or upper bound of each neuron
     (see Neurons); for a dense direction the factor of its vector. low: lower bound, for `clamp` only.
-    facts: more for the provenance.
+    facts: more for the provenance. licence: SPDX expression.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Recipe:
     span: frozenset[Role] | None = None
     max_strength: float = 1.0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = NO_LICENCE
 
 
 def of_neurons(
@@ -90,6 +91,7 @@ def written(
         d_ff=identity.d_ff,
         max_strength=recipe.max_strength,
         provenance={**recipe.facts, **facts, "date": recipe.date, "versions": versions},
+        licence=recipe.licence,
         **form,
     )
 
