@@ -228,17 +228,21 @@ class Direction:
 
     def require_fits(self, tower: Tower, model_hash: str) -> None:
         """Refuse a direction of another model or size. Raises SteerError('other_model')."""
+        self.require_model(model_hash, tower.name, (tower.layers, tower.d_model, tower.d_ff))
+
+    def require_model(self, model_hash: str, tower: str, sizes: tuple[int, int, int]) -> None:
+        """As `require_fits`, from the facts alone. sizes: layers, d_model, d_ff. Raises SteerError('other_model')."""
         if self.model_hash != model_hash:
             raise SteerError(
                 "other_model",
                 f"direction {self.id!r} belongs to model {self.model_hash[:12]} but {model_hash[:12]} is loaded; "
                 "load that model or find the direction again with `steer directions make`",
             )
-        mine, theirs = (self.layers, self.d_model, self.d_ff), (tower.layers, tower.d_model, tower.d_ff)
-        if mine != theirs:
+        mine = (self.layers, self.d_model, self.d_ff)
+        if mine != sizes:
             raise SteerError(
                 "other_model",
-                f"direction {self.id!r} is for (layers, d_model, d_ff) {mine} but tower {tower.name!r} has {theirs}",
+                f"direction {self.id!r} is for (layers, d_model, d_ff) {mine} but tower {tower!r} has {sizes}",
             )
 
 

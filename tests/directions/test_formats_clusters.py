@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 OPENVLA = TowerIdentity("lm", "f" * 64, 32, 4096, 11008)
 PI0_FAST = TowerIdentity("prefix", "f" * 64, 18, 2048, 16384)
 RECIPE = Recipe("up", "2026-01-31")
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghijklm"))
+"""Aliases of aliases: plain data of a few bytes whose text would be of terabytes."""
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,15 @@ def test_clusters_of_a_model_of_another_size_are_refused() -> None:
         ("up: !!python/object/apply:os.getcwd []", "bad_clusters"),
         ("../up: [1]", "bad_name"),
         ("up: " + "[" * 20_000, "bad_clusters"),
-        ("up: [" + "1, " * 400_000 + "2]", "bad_clusters"),
+        ("up: [" + "1, " * 400_000 + "2]", "bad_file"),
+        ("up: [0x" + "f" * 9_000 + "]", "bad_clusters"),
+        ("up: {1: 0x" + "f" * 9_000 + "}", "bad_clusters"),
+        ("up: {1: [[a]]}", "bad_clusters"),
+        ("up: {1: 2026-01-31}", "bad_clusters"),
+        ("up: !!bool x", "bad_clusters"),
+        ("up: !!int ''", "bad_clusters"),
+        ("up: !!timestamp x", "bad_clusters"),
+        (BOMB, "bad_clusters"),
     ],
 )
 def test_a_cluster_file_that_is_none_is_refused(tmp_path: Path, text: str, code: str) -> None:
