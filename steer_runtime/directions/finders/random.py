@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 from steer_runtime.directions.direction import Direction, Neurons
+from steer_runtime.directions.finders.material import Material
+from steer_runtime.directions.finders.recipe import Recipe
+from steer_runtime.directions.options import RandomOptions
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Tower
 
@@ -32,6 +35,26 @@ def controls(direction: Direction, tower: Tower, count: int, seed: int) -> list[
         raise SteerError("bad_count", f"{count} controls were asked for: expected 0 or more")
     direction.require_fits(tower, direction.model_hash)
     return [_control(direction, tower, seed, index) for index in range(count)]
+
+
+def find(material: Material, recipe: Recipe, options: RandomOptions) -> Direction:
+    """Draw `draw` of `controls` beside a direction of the store, under the recipe's name.
+
+    Raises SteerError: 'bad_option' for a recipe that says what the direction itself decides, and as `controls`.
+    """
+    if (recipe.op, recipe.alpha, recipe.low, recipe.span) != (None, None, None, None):
+        raise SteerError(
+            "bad_option", f"random control {recipe.name!r} takes op, alpha and span from {options.like!r}: drop them"
+        )
+    like = material.stored(options.like)
+    like.require_fits(material.tower, material.identity.model_hash)
+    drawn = _control(like, material.tower, options.seed, options.draw)
+    return replace(
+        drawn,
+        name=recipe.name,
+        max_strength=recipe.max_strength,
+        provenance={**drawn.provenance, **recipe.facts, "date": recipe.date},
+    )
 
 
 def _control(direction: Direction, tower: Tower, seed: int, index: int) -> Direction:

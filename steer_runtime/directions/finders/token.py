@@ -10,13 +10,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from steer_runtime.directions.direction import Direction
+from steer_runtime.directions.finders.material import Material
 from steer_runtime.directions.finders.recipe import Recipe, of_neurons
 from steer_runtime.directions.index import search
+from steer_runtime.directions.options import NeuronsOptions, TokenOptions
 from steer_runtime.directions.token_basis import Labels, TowerIdentity
 from steer_runtime.errors import SteerError
 
 CLUSTER_SIZE = 20
 """The largest cluster of the seed holds 20 neurons."""
+
+
+def find(material: Material, recipe: Recipe, options: TokenOptions) -> Direction:
+    """S = the `count` value vectors w_j whose label, the tokens t of the largest w_j . u_t, holds most of the words and
+    none of `against`; f_j := alpha for j in S (override, alpha 4), on all tokens.
+
+    Raises SteerError as `from_words`.
+    """
+    labels = material.labels(options.layers or None)
+    return from_words(labels, recipe, options.words, against=options.against, count=options.count)
+
+
+def find_named(material: Material, recipe: Recipe, options: NeuronsOptions) -> Direction:
+    """The (layer, neuron) pairs that are given, with their labels. Raises SteerError as `from_neurons`."""
+    from_neurons(material.identity, recipe, options.neurons)  # refuses what is out of range before labels are computed
+    labels = material.labels(sorted({layer for layer, _ in options.neurons}))
+    return from_neurons(material.identity, recipe, options.neurons, labels=labels)
 
 
 def from_words(
@@ -37,7 +56,7 @@ def from_words(
             f"label{without}: try more words, more layers or a dense direction",
         )
     facts = {
-        "finder": "from_words",
+        "finder": "token",
         "words": list(words),
         "against": list(against),
         "layers_searched": list(labels.layers),
@@ -53,7 +72,7 @@ def from_neurons(
 
     Raises SteerError: 'layer_out_of_range', 'neuron_out_of_range', and what Direction refuses.
     """
-    facts: dict[str, Any] = {"finder": "from_neurons"}
+    facts: dict[str, Any] = {"finder": "neurons"}
     direction = of_neurons(identity, recipe, neurons, facts)
     if labels is None:
         return direction

@@ -215,6 +215,13 @@ class OpenVLAPolicy:
             notes=notes,
         )
 
+    def decode(self, observation: Observation) -> Decoded:
+        """The inference behind `infer`, differentiable by whatever a hook puts into it; greedy choices are constants.
+
+        Raises SteerError: missing_camera, bad_image, bad_instruction.
+        """
+        return self._decode(observation, all_logits=False)
+
     @torch.inference_mode()
     def logits(self, observation: Observation) -> Tensor:
         """float32 [7 * chunk, vocab_rows]: logits of the action tokens, after the policy's own greedy words and tokens."""
