@@ -55,6 +55,41 @@ class LoadReport:
         return "; ".join(parts)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor is, with its shape and safetensors' name of its dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a checkpoint directory holds, by its configuration and headers, which agree. dtype: the model's when loaded."""
+
+    config: OpenVLAConfig
+    table: list[Entry]
+    stored: Mapping[str, Stored]
+    report: LoadReport
+    dtype: torch.dtype
+
+
+def survey(directory: Path) -> Survey:
+    """Read a checkpoint's configuration and headers, no weights. Raises SteerError as `load_checkpoint`."""
+    if not directory.is_dir():
+        raise SteerError(
+            "no_checkpoint",
+            f"{directory} is not a directory: download the checkpoint (config.json, safetensors, tokenizer.json) and "
+            "give its path",
+        )
+    config = read_config(directory / "config.json")
+    stored = _read_headers(_locate(directory))
+    table = entries(config)
+    report = _check(table, stored, directory)
+    return Survey(config, table, stored, report, _DTYPES[stored[_embedding_key(table)].dtype])
+
+
 def load_checkpoint(
     directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[OpenVLAModel, LoadReport]:
@@ -63,19 +98,9 @@ def load_checkpoint(
     Raises SteerError: no_checkpoint, pickle_refused, missing_shard, torn_file, bad_model_config, missing_weights,
     unexpected_weights, misshaped_weights; with a base file also no_base, other_base.
     """
-    if not directory.is_dir():
-        raise SteerError(
-            "no_checkpoint",
-            f"{directory} is not a directory: download the checkpoint (config.json, safetensors, tokenizer.json) and "
-            "give its path",
-        )
-    config = read_config(directory / "config.json")
-    files = _locate(directory)
-    stored = _read_headers(files)
-    table = entries(config)
-    report = _check(table, stored, directory)
-
-    target_dtype = dtype or _DTYPES[stored[_embedding_key(table)].dtype]
+    surveyed = survey(directory)
+    config, table, stored = surveyed.config, surveyed.table, surveyed.stored
+    target_dtype = dtype or surveyed.dtype
     with torch.device("meta"):
         model = OpenVLAModel(config)
     model.to(target_dtype)
@@ -89,7 +114,7 @@ def load_checkpoint(
     _stream(table, stored, parameters)
     if config.base is not None:
         _fill_from_base(config, config.base, parameters)
-    return model.requires_grad_(False).eval(), report
+    return model.requires_grad_(False).eval(), surveyed.report
 
 
 def save_checkpoint(
@@ -129,13 +154,6 @@ def save_checkpoint(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return directory
-
-
-@dataclass(frozen=True)
-class _Stored:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def _locate(directory: Path) -> dict[Path, set[str] | None]:
@@ -184,30 +202,31 @@ def _locate(directory: Path) -> dict[Path, set[str] | None]:
     )
 
 
-def _open(path: Path) -> Any:
+def open_tensors(path: Path) -> Any:
+    """safetensors' `safe_open` of a file. Raises SteerError('torn_file')."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise SteerError("torn_file", f"{path} is not a whole safetensors file ({error}); download it again") from None
 
 
-def _read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, _Stored]:
-    stored: dict[str, _Stored] = {}
+def _read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
     for path, promised in files.items():
-        with _open(path) as file:
+        with open_tensors(path) as file:
             keys = list(file.keys())
             for key in keys:
                 if key in stored:
                     raise SteerError("unexpected_weights", f"{path} repeats {key!r} of {stored[key].file.name}")
                 part = file.get_slice(key)
-                stored[key] = _Stored(path, tuple(part.get_shape()), part.get_dtype())
+                stored[key] = Stored(path, tuple(part.get_shape()), part.get_dtype())
         absent = sorted((promised or set()) - set(keys))
         if absent:
             raise SteerError("missing_weights", f"{path} lacks {_listing(absent)}, which the index places there")
     return stored
 
 
-def _check(table: list[Entry], stored: Mapping[str, _Stored], directory: Path) -> LoadReport:
+def _check(table: list[Entry], stored: Mapping[str, Stored], directory: Path) -> LoadReport:
     wanted = {entry.key: entry for entry in table}
     missing = [e.key for e in table if e.used and e.key not in stored]
     if missing:
@@ -244,17 +263,17 @@ def _check(table: list[Entry], stored: Mapping[str, _Stored], directory: Path) -
     return LoadReport(len(stored), derived, absent)
 
 
-def _stream(table: list[Entry], stored: Mapping[str, _Stored], parameters: Mapping[str, torch.nn.Parameter]) -> None:
+def _stream(table: list[Entry], stored: Mapping[str, Stored], parameters: Mapping[str, torch.nn.Parameter]) -> None:
     by_file: dict[Path, list[Entry]] = {}
     for entry in table:
         if entry.used:
             by_file.setdefault(stored[entry.key].file, []).append(entry)
     for path, wanted in by_file.items():
-        file, read = _open(path), 0
+        file, read = open_tensors(path), 0
         for entry in wanted:
             if read > WINDOW_BYTES:
                 del file
-                file, read = _open(path), 0
+                file, read = open_tensors(path), 0
             try:
                 tensor = file.get_tensor(entry.key)
             except (SafetensorError, OSError) as error:
