@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from steer_runtime.cli.directions.common import (
-    DEFAULT_POLICY,
     DEFAULT_STORE,
-    PolicyOption,
     StoreOption,
     TowerOption,
-    load,
     new_console,
     new_table,
-    policy_facts,
     printable,
     say,
     show_direction,
-    today,
-    tower_of,
     untrained_suffix,
 )
+from steer_runtime.cli.directions.exchange import ModelCheckpoint, ModelPolicy, model_of
 from steer_runtime.errors import SteerError
 
 app = typer.Typer()
@@ -82,8 +76,10 @@ def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
     from steer_runtime.directions.store import DirectionStore
 
     folder = DirectionStore(store)
-    entries = folder.list()
-    table = new_table(f"Directions in {store}", "id", "model", "op", "span", "writes", "max strength", "found by")
+    entries, axes = folder.list(), folder.list_axes()
+    table = new_table(
+        f"Directions in {store}", "id", "model", "op", "span", "writes", "max strength", "licence", "found by"
+    )
     for entry in entries:
         d = entry.direction
         if d is None:
@@ -91,48 +87,41 @@ def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
         writes = f"{len(d.neurons)} neurons" if d.neurons is not None else f"{len(d.dense or {})} dense"
         strength = f"{d.max_strength:g}" + ("" if d.proven else " (unproven)")
         finder = str(d.provenance.get("finder", "-")) + untrained_suffix([d])
-        cells = (d.id, d.model_hash[:12], d.op, ",".join(sorted(d.span)), writes, strength, finder)
+        cells = (d.id, d.model_hash[:12], d.op, ",".join(sorted(d.span)), writes, strength, d.licence, finder)
         table.add_row(*(Text(printable(cell)) for cell in cells))
     new_console().print(table)
-    bad = [entry for entry in entries if entry.problem is not None]
-    for entry in bad:
-        typer.echo(f"refused: {printable(entry.problem or '')}", err=True)
-    for joined in folder.load_axes() if not bad else ():
-        say(f"axis {joined.name}: {joined.negative} - {joined.positive}")
+    for joined in axes:
+        if joined.axis is not None:
+            say(f"axis {joined.name}: {joined.axis.negative} - {joined.axis.positive}")
+    found = [entry.problem for entry in entries] + [joined.problem for joined in axes]
+    bad = [problem for problem in found if problem is not None]
+    for problem in bad:
+        typer.echo(f"refused: {printable(problem)}", err=True)
     if bad:
-        raise SteerError("bad_store", f"{len(bad)} of {len(entries)} directions in {store} do not verify, see above")
+        raise SteerError(
+            "bad_store", f"{len(bad)} of {len(found)} directions and axes in {store} do not verify, see above"
+        )
 
 
 @app.command(
-    "import",
-    epilog="[bold]Example[/]: steer directions import configs/clusters/corl2025_openvla_clusters.yaml "
-    "--made-for openvla --policy openvla-7b",
+    epilog="[bold]Examples[/]: steer directions verify   |   steer directions verify --policy pocket-libero   |   "
+    "steer directions verify --checkpoint models/openvla-7b --store directions"
 )
-def import_file(
-    file: Annotated[Path, typer.Argument(help="YAML of cluster names over flat indices.")],
-    made_for: Annotated[
-        str, typer.Option(help="Model of the flat indices: openvla (32 x 11008), pi0fast (18 x 16384).")
-    ],
-    alpha: Annotated[float | None, typer.Option(help="Activation at strength 1, default 4; pi0-FAST used 10.")] = None,
-    policy: PolicyOption = DEFAULT_POLICY,
+def verify(
+    policy: ModelPolicy = "",
+    checkpoint: ModelCheckpoint = None,
     tower: TowerOption = "lm",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Save every cluster of a published file as a direction of this policy, if its sizes are the right ones."""
-    from steer_runtime.directions import finders
-    from steer_runtime.directions.formats import clusters as clusters_format
+    """Read every file of the store: hashes, cards, ends of axes, and the model if one is given. Exit code 2 for a problem."""
     from steer_runtime.directions.store import DirectionStore
-    from steer_runtime.directions.token_basis import TowerIdentity
 
-    sizes = {"openvla": clusters_format.OPENVLA_SIZE, "pi0fast": clusters_format.PI0_FAST_SIZE}
-    if made_for not in sizes:
-        raise SteerError("bad_option", f"--made-for {made_for[:40]!r} is unknown: expected {' or '.join(sizes)}")
-    loaded = load(policy)
-    identity = TowerIdentity.of(tower_of(loaded, tower), loaded.model_hash)
-    recipe = finders.Recipe(name="", date=today(), alpha=alpha, facts=policy_facts(loaded))
-    found = clusters_format.from_clusters(file, identity, recipe, made_for=sizes[made_for])
-    for direction in found.directions:
-        DirectionStore(store).save(direction)
-        say(f"saved {direction.id}, {len(direction.neurons or ())} neurons{untrained_suffix([direction])}")
-    if found.empty:
-        say(f"without neurons, so not saved: {', '.join(found.empty)}")
+    folder = DirectionStore(store)
+    identity = model_of(policy, checkpoint, tower)[0] if policy or checkpoint is not None else None
+    problems = folder.verify(identity)
+    for name, problem in problems:
+        typer.echo(f"{printable(name)}: {printable(problem)}", err=True)
+    if problems:
+        raise SteerError("bad_store", f"{len(problems)} problems in {store}, see above")
+    whose = "" if identity is None else f", all of model {identity.model_hash[:12]}"
+    say(f"{len(folder.list())} directions and {len(folder.list_axes())} axes in {store} verify{whose}")
