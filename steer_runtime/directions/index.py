@@ -5,12 +5,12 @@ Invariant: an answer names value vectors by (layer, neuron) and shows the label 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import beta
 
 from steer_runtime.directions.similarity import WordSpace
 from steer_runtime.directions.token_basis import Labels, TokenBasis
@@ -98,8 +98,8 @@ def near(
 class Contrast:
     """Both ends of a contrast, largest projection first.
 
-    chance: about the largest cosine that as many random vectors of this width would reach, sqrt(2 ln N / d_model):
-    what lies below it is not told from chance.
+    chance: the largest cosine that as many random vectors of this width reach, in the median: the 0.5^(1/N) quantile of
+    2 B - 1 with B of the beta distribution of (d_model - 1) / 2 twice. What lies below it is not told from chance.
     """
 
     plus: tuple[Neighbour, ...]
@@ -154,7 +154,8 @@ def contrast(
             for row, neuron in _best(sign * projections, says_it, pick, top)
         )
 
-    chance = math.sqrt(2 * math.log(max(projections.size, 2)) / len(direction))
+    half = (len(direction) - 1) / 2
+    chance = 2 * float(beta.ppf(0.5 ** (1 / projections.size), half, half)) - 1
     return Contrast(ends(1), ends(-1), chance)
 
 
