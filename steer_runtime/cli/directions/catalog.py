@@ -10,6 +10,7 @@ from rich.text import Text
 
 from steer_runtime.cli.directions.common import (
     DEFAULT_STORE,
+    UNTRAINED,
     StoreOption,
     TowerOption,
     new_console,
@@ -77,19 +78,20 @@ def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
 
     folder = DirectionStore(store)
     entries, axes = folder.list(), folder.list_axes()
-    table = new_table(
-        f"Directions in {store}", "id", "model", "op", "span", "writes", "max strength", "licence", "found by"
-    )
+    table = new_table(f"Directions in {store}", "id", "model", "op", "span", "writes", "limit", "licence", "found by")
     for entry in entries:
         d = entry.direction
         if d is None:
             continue
         writes = f"{len(d.neurons)} neurons" if d.neurons is not None else f"{len(d.dense or {})} dense"
-        strength = f"{d.max_strength:g}" + ("" if d.proven else " (unproven)")
-        finder = str(d.provenance.get("finder", "-")) + untrained_suffix([d])
+        strength = f"{d.max_strength:g}" + ("" if d.proven else " unproven")
+        finder = str(d.provenance.get("finder", "-"))
         cells = (d.id, d.model_hash[:12], d.op, ",".join(sorted(d.span)), writes, strength, d.licence, finder)
         table.add_row(*(Text(printable(cell)) for cell in cells))
     new_console().print(table)
+    untrained = [e.id for e in entries if e.direction is not None and untrained_suffix([e.direction])]
+    if untrained:
+        say(f"of an {UNTRAINED}: {', '.join(untrained)}")
     for joined in axes:
         if joined.axis is not None:
             say(f"axis {joined.name}: {joined.axis.negative} - {joined.axis.positive}")
