@@ -33,7 +33,7 @@ WINDOW_BYTES = 16 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STATISTICS = "dataset_statistics.json"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def survey(directory: Path) -> Survey:
             "give its path",
         )
     config = read_config(directory / "config.json")
-    stored = _read_headers(_locate(directory))
+    stored = read_headers(directory)
     table = entries(config)
     report = _check(table, stored, directory)
-    return Survey(config, table, stored, report, _DTYPES[stored[_embedding_key(table)].dtype])
+    return Survey(config, table, stored, report, DTYPES[stored[_embedding_key(table)].dtype])
 
 
 def load_checkpoint(
@@ -210,7 +210,9 @@ def open_tensors(path: Path) -> Any:
         raise SteerError("torn_file", f"{path} is not a whole safetensors file ({error}); download it again") from None
 
 
-def _read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, Stored]:
+def read_headers(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a directory's safetensors by name, of any architecture, unread. Raises SteerError as `survey`."""
+    files = _locate(directory)
     stored: dict[str, Stored] = {}
     for path, promised in files.items():
         with open_tensors(path) as file:
@@ -253,7 +255,7 @@ def _check(table: list[Entry], stored: Mapping[str, Stored], directory: Path) ->
         raise SteerError(
             "misshaped_weights", f"{directory} has {len(misshaped)} mis-shaped tensors: {_listing(misshaped)}"
         )
-    odd = [f"{k} is {s.dtype}" for k, s in stored.items() if k in wanted and s.dtype not in _DTYPES]
+    odd = [f"{k} is {s.dtype}" for k, s in stored.items() if k in wanted and s.dtype not in DTYPES]
     if odd:
         raise SteerError(
             "misshaped_weights",

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -64,6 +65,23 @@ def identify(directory: Path, *, progress: Progress | None = None) -> Checkpoint
     return CheckpointIdentity(
         found.config.name, found.config.trained, lm.layers, lm.d_model, lm.d_ff, digest.hexdigest()
     )
+
+
+def hash_matrices(named: Mapping[str, Any], *, progress: Progress | None = None) -> str:
+    """The same hash of matrices by name, each with `shape` and slices of rows."""
+    total = sum(math.prod(matrix.shape) for matrix in named.values())
+    digest, done = hashlib.sha256(), 0
+    for name, matrix in named.items():
+        rows, columns = matrix.shape
+        digest.update(f"{name} {list(matrix.shape)}\n".encode())
+        step = max(1, BLOCK // columns)
+        for start in range(0, rows, step):
+            exact = matrix[start : min(rows, start + step)].to(torch.float32).contiguous().numpy()
+            digest.update(exact.astype("<f4", copy=False).tobytes())
+            done += exact.size
+            if progress is not None:
+                progress(done // 1_000_000, total // 1_000_000)
+    return digest.hexdigest()
 
 
 def read_rows(stored: Stored, key: str) -> Iterator[Tensor]:

@@ -131,6 +131,11 @@ class OpenVLAPolicy:
         """Token basis of tower "lm", [vocab_rows, d_model]."""
         return self.model.unembedding
 
+    @property
+    def final_norm(self) -> Tensor:
+        """Weight of the norm before the unembedding, [d_model]."""
+        return self.model.language_model.model.norm.weight
+
     def action_token_values(self) -> dict[int, float]:
         """Bin centre in [-1, 1] of each action token id."""
         return self.actions.values()
@@ -305,11 +310,11 @@ class OpenVLAPolicy:
             self._listener.set_roles(TOWER, roles)
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path, name: str = "tokenizer.json") -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint's `tokenizer.json`; no network, no remote code. Raises SteerError('no_tokenizer')."""
-    path = directory / "tokenizer.json"
+    path = directory / name
     if not path.is_file():
-        raise SteerError("no_tokenizer", f"{directory} has no tokenizer.json: download it with the checkpoint")
+        raise SteerError("no_tokenizer", f"{directory} has no {name}: download it with the checkpoint")
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # the tokenizers library raises bare Exception for any malformed file

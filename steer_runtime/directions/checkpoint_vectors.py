@@ -1,0 +1,274 @@
+"""Value vectors and token basis of a checkpoint directory, read from its safetensors when asked for; no model is built.
+
+A `CheckpointVectors` has what labels need of a policy (`towers`, `unembedding`, `final_norm`, `tokenizer`, `model_hash`,
+...), so that `TokenBasis.of`, `LabelCache` and `labels_for` take it in a policy's place.
+
+Invariant: its numbers are those of the loaded model, and all of its names and shapes were checked before the first is
+read; memory holds one layer or one block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from steer_runtime.directions.projection import Matrix
+from steer_runtime.errors import SteerError
+from steer_runtime.policies.openvla.actions import ActionTokenizer
+from steer_runtime.policies.openvla.base import EMBEDDING, PREFIX, read_base
+from steer_runtime.policies.openvla.checkpoint import DTYPES, Stored, open_tensors, read_headers, survey
+from steer_runtime.policies.openvla.identity import hash_matrices, identify
+from steer_runtime.policies.openvla.layout import OWN_ROWS
+from steer_runtime.policies.openvla.policy import load_tokenizer
+from steer_runtime.types import Tower
+
+HashProgress = Callable[[int, int], None]
+"""Told (million weights hashed, million weights in all)."""
+
+_PI0_DOWN = re.compile(
+    r"(?:model\.)?(?:paligemma_with_expert\.paligemma\.model|vlm)\.language_model\.layers\.(\d+)\.mlp\.down_proj\.weight"
+)
+"""LeRobot's names, and those of transformers' `PI0ForConditionalGeneration`."""
+_GEMMA = {"gemma_300m": (18, 1024, 4096), "gemma_2b": (18, 2048, 16384)}
+"""layers, d_model, d_ff of openpi's variants (openpi `models/gemma.py`)."""
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix that stays in its file. A slice of rows is mapped anew each time, so that touched pages are let go.
+
+    dtype: what the loaded model has it in.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        try:
+            return open_tensors(self.file).get_slice(self.key)[rows.start or 0 : rows.stop].to(self.dtype)
+        except (SafetensorError, OSError) as error:
+            raise SteerError(
+                "torn_file", f"{self.file} does not yield {self.key} ({error}); download it again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A `down_proj` of which only the weight can be had, [d_model, d_ff], read at every use."""
+
+    matrix: Matrix
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix[:]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a layout says of a checkpoint. norm: the stored weight; norm_offset: what the architecture adds to it."""
+
+    name: str
+    trained: bool
+    tower: str
+    down_projs: tuple[Matrix, ...]
+    unembedding: Matrix
+    norm: Matrix
+    norm_offset: float
+    action_values: Mapping[int, float]
+
+
+class CheckpointVectors:
+    """See the module. tokenizer: a tokenizer.json elsewhere, for checkpoints that have none."""
+
+    def __init__(
+        self, directory: Path, *, tokenizer: Path | None = None, hash_progress: HashProgress | None = None
+    ) -> None:
+        """Raises SteerError: as `openvla.checkpoint.survey`; for Pi0 'missing_weights', 'misshaped_weights'."""
+        if not directory.is_dir():
+            raise SteerError(
+                "no_checkpoint",
+                f"{directory} is not a directory: give the folder of a checkpoint (config.json, safetensors)",
+            )
+        self.directory = directory
+        self._tokenizer_file = tokenizer
+        self._hash_progress = hash_progress
+        kind = _kind(directory / "config.json")
+        self._parts = _openvla(directory) if kind == "openvla" else _pi0(directory)
+        self._kind = kind
+        self.name, self.trained = self._parts.name, self._parts.trained
+        d_model, d_ff = self._parts.down_projs[0].shape
+        modules = tuple(StoredLinear(matrix) for matrix in self._parts.down_projs)
+        # No residual site, no token: nothing runs here, so nothing can be steered.
+        self.towers = {self._parts.tower: Tower(self._parts.tower, modules, (), d_model, d_ff, 0, 0)}
+
+    @property
+    def unembedding(self) -> Matrix:
+        """Token basis [vocab, d_model], a slice at a time."""
+        return self._parts.unembedding
+
+    @cached_property
+    def final_norm(self) -> Tensor:
+        """What the final norm multiplies with, [d_model]; Gemma stores it minus one."""
+        return self._parts.norm[:].float() + self._parts.norm_offset
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Raises SteerError('no_tokenizer')."""
+        if self._tokenizer_file is None:
+            return load_tokenizer(self.directory)
+        return load_tokenizer(self._tokenizer_file.parent, self._tokenizer_file.name)
+
+    def action_token_values(self) -> dict[int, float]:
+        """Bin centre of each action token; none for Pi0, whose actions are no tokens."""
+        return dict(self._parts.action_values)
+
+    @cached_property
+    def model_hash(self) -> str:
+        """The hash that the loaded policy has. All weights concerned are read: seconds for 7B."""
+        if self._kind == "openvla":
+            return identify(self.directory, progress=self._hash_progress).model_hash
+        tower = self._parts.tower
+        named: dict[str, Matrix] = {f"{tower}.{i}.down_proj": m for i, m in enumerate(self._parts.down_projs)}
+        return hash_matrices({**named, f"{tower}.unembedding": self.unembedding}, progress=self._hash_progress)
+
+
+def _kind(path: Path) -> str:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        kind = raw.get("model_type", raw.get("type"))
+    except FileNotFoundError:
+        raise SteerError("no_checkpoint", f"{path.parent} has no config.json: give a checkpoint's folder") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise SteerError("bad_model_config", f"{path} is not a readable JSON object ({error})") from None
+    if kind not in ("openvla", "pi0"):
+        raise SteerError("bad_model_config", f"{path} is of a {str(kind)[:40]!r} model: expected 'openvla' or 'pi0'")
+    return str(kind)
+
+
+def _openvla(directory: Path) -> _Parts:
+    found = survey(directory)
+    config, lm = found.config, found.config.lm
+
+    def stored(key: str) -> StoredMatrix:
+        entry = found.stored[key]
+        return StoredMatrix(entry.file, key, entry.shape, found.dtype)
+
+    matrices: dict[str, Matrix] = {}
+    if config.base is not None:
+        # The norm is left out of what is read when the checkpoint has its own.
+        wanted = tuple(
+            n for n in config.base.tensors if n.endswith("mlp.down_proj.weight") or n == f"{PREFIX}norm.weight"
+        )
+        for name, value in read_base(replace(config.base, tensors=wanted), lm.heads, lm.kv_heads):
+            matrices[name] = value.to(found.dtype)
+        words = matrices[EMBEDDING]
+        matrices[EMBEDDING] = torch.cat([words[:], stored(OWN_ROWS)[:]])
+    keys = [f"{PREFIX}layers.{i}.mlp.down_proj.weight" for i in range(lm.layers)]
+    rows = EMBEDDING if lm.tied else "language_model.lm_head.weight"
+    for key in (*keys, rows, f"{PREFIX}norm.weight"):
+        if key not in matrices:
+            matrices[key] = stored(key)
+    actions = ActionTokenizer(config.usable_vocab, config.n_bins)
+    return _Parts(
+        config.name,
+        config.trained,
+        "lm",
+        tuple(matrices[key] for key in keys),
+        matrices[rows],
+        matrices[f"{PREFIX}norm.weight"],
+        0.0,
+        actions.values(),
+    )
+
+
+def _pi0(directory: Path) -> _Parts:
+    stored = read_headers(directory)
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    layers = {int(match[1]): key for key in stored if (match := _PI0_DOWN.fullmatch(key))}
+    expected = _pi0_sizes(raw)
+    count = expected[0]
+    absent = [i for i in range(count) if i not in layers]
+    if absent:
+        raise SteerError(
+            "missing_weights",
+            f"{directory} lacks the prefix's mlp.down_proj of layers {', '.join(map(str, absent[:5]))} of {count}: "
+            "expected LeRobot's layout of Pi0; download it again",
+        )
+    root = layers[0].removesuffix(".layers.0.mlp.down_proj.weight")
+    head = root.replace(".model.language_model", "").replace("vlm.language_model", "vlm") + ".lm_head.weight"
+    rows = next((key for key in (f"{root}.embed_tokens.weight", head) if key in stored), None)
+    norm = f"{root}.norm.weight"
+    if rows is None or norm not in stored:
+        raise SteerError(
+            "missing_weights",
+            f"{directory} lacks {norm if rows is not None else f'{root}.embed_tokens.weight and {head}'}: expected "
+            "LeRobot's layout of Pi0; download it again",
+        )
+    dtype = _dtype(stored[rows], rows, directory)
+    vocab = stored[rows].shape[0] if expected[3] is None else expected[3]
+    wanted = {layers[i]: (expected[1], expected[2]) for i in range(count)} | {
+        rows: (vocab, expected[1]),
+        norm: (expected[1],),
+    }
+    wrong = [f"{k} is {list(stored[k].shape)}, expected {list(s)}" for k, s in wanted.items() if stored[k].shape != s]
+    if len(layers) != count:
+        wrong.append(f"it has {len(layers)} layers, expected {count}")
+    if wrong:
+        raise SteerError("misshaped_weights", f"{directory} does not fit its config.json: {'; '.join(wrong[:3])}")
+    for key in wanted:
+        _dtype(stored[key], key, directory)
+
+    def matrix(key: str) -> StoredMatrix:
+        return StoredMatrix(stored[key].file, key, stored[key].shape, dtype)
+
+    name = str(raw.get("name") or directory.resolve().name)
+    return _Parts(
+        name, True, "prefix", tuple(matrix(layers[i]) for i in range(count)), matrix(rows), matrix(norm), 1.0, {}
+    )
+
+
+def _pi0_sizes(raw: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
+    """layers, d_model, d_ff and, where the configuration says it, vocabulary of the prefix."""
+    text = (raw.get("vlm_config") or {}).get("text_config")
+    try:
+        if text:
+            sizes = [int(text[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+            vocab = text.get("vocab_size")
+            return sizes[0], sizes[1], sizes[2], None if vocab is None else int(vocab)
+        return (*_GEMMA[raw.get("paligemma_variant", "gemma_2b")], None)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SteerError(
+            "bad_model_config",
+            f"config.json does not say the prefix's sizes ({error!r}): expected paligemma_variant "
+            f"{' or '.join(_GEMMA)}, or vlm_config.text_config",
+        ) from None
+
+
+def _dtype(entry: Stored, key: str, directory: Path) -> torch.dtype:
+    if entry.dtype not in DTYPES:
+        raise SteerError(
+            "misshaped_weights", f"{directory} has {key} in {entry.dtype}: expected F32, BF16 or F16; dequantise it"
+        )
+    return DTYPES[entry.dtype]
+
+
+def matrix_of(module: object) -> Matrix:
+    """The weight of a `down_proj` [d_model, d_ff]: left in its file where it is in one."""
+    if isinstance(module, StoredLinear):
+        return module.matrix
+    return module.weight.detach()  # type: ignore[attr-defined]
+
+
+def matrices_of(tower: Tower, layers: Sequence[int]) -> list[Matrix]:
+    return [matrix_of(tower.down_projs[layer]) for layer in layers]
