@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import fabricate
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +103,21 @@ def test_value_vectors_that_say_the_word_come_before_those_near_it(labels: Label
     assert (found[0].layer, found[0].neuron, found[0].matches) == (0, 5, 1)
     assert [n.matches for n in found[1:]] == [0, 0, 0, 0]
     assert (1, 6) not in [(n.layer, n.neuron) for n in found]
+
+
+def test_the_low_end_is_found_by_what_it_says(labels: Labels) -> None:
+    basis = labels.basis
+    low = np.full_like(labels.tokens, basis.tokens_of("word50")[0])
+    low[1, 3, :2] = basis.tokens_of("slow")[0], basis.tokens_of("slower")[0]
+    both = replace(labels, low_tokens=low, low_scores=-labels.scores)
+    (found,) = index.near(both, WordSpace.of(basis), ["slow", "slower"], top=1)
+    assert (found.layer, found.neuron, found.sign) == (1, 3, -1)
+    assert found.label[:2] == ("slow", "slower")
+    assert found.other == tuple(labels.text(1, 3))
+    turned = index.negated(both)
+    assert turned is not None
+    assert [(m.layer, m.neuron, m.score) for m in index.search(turned, ["slower"])] == [(1, 3, pytest.approx(0.2))]
+    assert index.negated(labels) is None
 
 
 def test_a_contrast_projects_onto_the_difference_of_the_words(tiny_policy: OpenVLAPolicy) -> None:
