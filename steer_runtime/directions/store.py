@@ -112,6 +112,31 @@ class DirectionStore:
             self._write(f"{stem}.json", card)
         return [self.root / f"{stem}.safetensors" for stem, _, _ in encoded]
 
+    def replace(self, old: Direction, new: Direction) -> Path:
+        """Save `new`, then remove `old`, of the same name: whoever names it, axes too, gets the new one.
+
+        Raises SteerError as `save`; 'bad_axis' where an axis names the old one by its hash, 'not_written' where its files
+        cannot be removed.
+        """
+        pinned = [joined.name for joined in self.load_axes() if {joined.negative, joined.positive} & _names_of(old)]
+        if pinned:
+            raise SteerError(
+                "bad_axis",
+                f"axis {pinned[0]!r} names {old.id!r} by its hash: join it by name first, then change the card",
+            )
+        path = self.save(new)
+        if new.hash != old.hash:
+            try:
+                # The card goes last: tensors without a card name themselves in a listing, and so does the reverse.
+                for suffix in (".safetensors", ".json"):
+                    (self.root / f"{old.id}{suffix}").unlink()
+            except OSError as why:
+                raise SteerError(
+                    "not_written",
+                    f"{old.id!r} could not be removed from {self.root} ({why.strerror}): remove it by hand",
+                ) from why
+        return path
+
     def load(self, ref: str, *, model_hash: str | None = None) -> Direction:
         """The direction called `ref`: a name, or a name and `@` and the first digits of its hash.
 
@@ -285,6 +310,11 @@ class DirectionStore:
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self.root / name, content)
+
+
+def _names_of(direction: Direction) -> set[str]:
+    """Every reference by hash that means this direction."""
+    return {f"{direction.name}@{direction.hash[:digits]}" for digits in range(1, len(direction.hash) + 1)}
 
 
 def _agree(stored: str, given: str) -> bool:

@@ -56,13 +56,13 @@ class Shell:
 def test_help_of_every_verb_has_an_example_and_loads_no_torch() -> None:
     script = (
         "import sys\nfrom steer_runtime.cli.directions import app\n"
-        "for verb in ('import', 'export', 'verify'):\n"
+        "for verb in ('import', 'export', 'verify', 'annotate'):\n"
         "    try: app([verb, '--help'])\n    except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Example") == 3
+    assert done.stdout.count("Example") == 4
 
 
 def test_clusters_become_directions_of_a_checkpoint_that_is_never_loaded(shell: Shell) -> None:
@@ -225,6 +225,50 @@ def test_verify_refuses_directions_of_another_model(shell: Shell, tmp_path: Path
     result = shell("verify", "--checkpoint", other)
     assert code(result) == "bad_store"
     assert result.stderr.count("belongs to model") == 2
+
+
+def test_a_card_learns_what_was_shown_and_the_axis_follows(shell: Shell) -> None:
+    shell.clusters()
+    shell("axis", "height", "--negative", "down", "--positive", "up")
+    before = shell.store.load("up")
+    shown = ("--calibrated", "0.25,0.8", "--max-strength", "0.8", "--proven", "--evidence", "report.html")
+    result = shell("annotate", "up", *shown)
+    assert result.exit_code == 0, result.output
+    after = shell.store.load("up")
+    assert (after.calibrated, after.max_strength, after.proven) == ((0.25, 0.8), 0.8, True)
+    assert (after.provenance["evidence"], after.licence) == ("report.html", before.licence)
+    assert [d.id for d in shell.store.load_all() if d.name == "up"] == [after.id]
+    assert shell.store.load_axis("height").positive == "up"
+    assert shell("verify").exit_code == 0
+    again = shell("annotate", "up", *shown)
+    assert "already" in again.output
+    assert shell.store.load("up").hash == after.hash
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--calibrated", "0.2,0.8"), "bad_option"),  # without evidence
+        (("--proven",), "bad_option"),
+        (("--calibrated", "high", "--evidence", "x"), "bad_option"),
+        (("--calibrated", "0.8,0.2", "--evidence", "x"), "bad_calibrated"),
+        (("--max-strength", "2"), "bad_max_strength"),
+        (("--licence", "a/b"), "bad_licence"),
+    ],
+)
+def test_a_card_takes_no_claim_that_means_nothing(shell: Shell, arguments: tuple[str, ...], expected: str) -> None:
+    shell.clusters()
+    before = shell.store.load("up").id
+    assert code(shell("annotate", "up", *arguments)) == expected
+    assert shell.store.load("up").id == before
+
+
+def test_an_axis_that_names_a_hash_keeps_its_end(shell: Shell) -> None:
+    shell.clusters()
+    up = shell.store.load("up")
+    shell.store.save_axis(Axis("height", "down", f"up@{up.hash[:6]}"))
+    assert code(shell("annotate", "up", "--licence", "Zlib")) == "bad_axis"
+    assert shell("verify").exit_code == 0
 
 
 def test_exit_code_is_two_and_nothing_like_a_traceback(shell: Shell) -> None:

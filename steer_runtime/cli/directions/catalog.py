@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -71,6 +71,46 @@ def show(
         show_direction(direction)
 
 
+@app.command(
+    epilog="[bold]Example[/]: steer directions annotate quick --calibrated 0.25,1 --max-strength 1 --proven "
+    '--evidence "docs/results.md, speed axis" --licence Apache-2.0'
+)
+def annotate(
+    ref: Annotated[str, typer.Argument(help="Name, or name@ and first digits of the hash.")],
+    calibrated: Annotated[str, typer.Option(help="LOW,HIGH: strengths over which simulation showed its effect.")] = "",
+    max_strength: Annotated[float | None, typer.Option(help="Largest strength the engine accepts, in (0, 1].")] = None,
+    proven: Annotated[
+        bool | None, typer.Option("--proven/--unproven", help="Whether simulation showed the largest strength safe.")
+    ] = None,
+    evidence: Annotated[str, typer.Option(help="Where that was shown: a command, a file, a page.")] = "",
+    licence: Annotated[str, typer.Option(help="SPDX expression.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write into a direction's card what was found out since. What it does stays; its hash changes, as its card does."""
+    from dataclasses import replace
+
+    from steer_runtime.directions.store import DirectionStore
+
+    if (calibrated or proven) and not evidence:
+        raise SteerError("bad_option", "a range or a proof needs --evidence: say where simulation showed it")
+    folder = DirectionStore(store)
+    old = folder.load(ref)
+    changes: dict[str, Any] = {
+        "calibrated": _range(calibrated) if calibrated else None,
+        "max_strength": max_strength,
+        "proven": proven,
+        "licence": licence or None,
+        "provenance": {**old.provenance, "evidence": evidence} if evidence else None,
+    }
+    new = replace(old, **{key: value for key, value in changes.items() if value is not None})
+    folder.replace(old, new)
+    say(
+        f"{old.id} is now {new.id}{untrained_suffix([new])}"
+        if new.hash != old.hash
+        else f"{old.id} says all that already"
+    )
+
+
 @app.command("list", epilog="[bold]Example[/]: steer directions list --store directions")
 def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
     """Every direction and axis of the store. Files that do not verify are named with the reason; the exit code is 2."""
@@ -127,3 +167,11 @@ def verify(
         raise SteerError("bad_store", f"{len(problems)} problems in {store}, see above")
     whose = "" if identity is None else f", all of model {identity.model_hash[:12]}"
     say(f"{len(folder.list())} directions and {len(folder.list_axes())} axes in {store} verify{whose}")
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SteerError("bad_option", f"--calibrated {text[:40]!r} is no range: expected such as 0.25,1") from None
+    return low, high
