@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fabricate
 import pytest
-from sparse_checkpoint import save_sparse
+from sparse_checkpoint import save_sparse, write_sparse
 from typer.testing import CliRunner, Result
 
 from steer_runtime.cli.directions import app
@@ -22,7 +22,8 @@ from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.config import OPENVLA_7B, LMConfig, ViTConfig
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
-PUBLISHED = Path(__file__).parents[2] / "configs" / "clusters" / "corl2025_openvla_clusters.yaml"
+CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
+PUBLISHED, PI0_FAST = CLUSTERS / "corl2025_openvla_clusters.yaml", CLUSTERS / "corl2025_pi0fast_clusters.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +306,28 @@ def test_the_published_clusters_belong_to_a_checkpoint_of_7b_shape(shell: Shell,
     assert result.exit_code == 0, result.output
     assert {d.name for d in shell.store.load_all()} == {"up_10", "up_20", "careful_10_full"}
     assert shell("verify", "--checkpoint", folder).exit_code == 0
+
+
+def test_the_pi0_fast_clusters_belong_to_a_prefix_of_its_shape(shell: Shell, tmp_path: Path) -> None:
+    root = "model.paligemma_with_expert.paligemma.model.language_model"
+    shapes = {f"{root}.layers.{i}.mlp.down_proj.weight": [8, 16384] for i in range(18)}
+    shapes |= {f"{root}.embed_tokens.weight": [32, 8], f"{root}.norm.weight": [8]}
+    sizes = {"num_hidden_layers": 18, "hidden_size": 8, "intermediate_size": 16384, "vocab_size": 32}
+    folder = tmp_path / "pi0"
+    folder.mkdir()
+    write_sparse(folder / "model.safetensors", shapes)
+    (folder / "config.json").write_text(json.dumps({"type": "pi0", "vlm_config": {"text_config": sizes}}))
+    arguments = ("--made-for", "pi0fast", "--alpha", "10", "--checkpoint", folder)
+    assert code(shell("import", PI0_FAST, *arguments)) == "unknown_tower"
+    result = shell("import", PI0_FAST, *arguments, "--tower", "prefix")
+    assert result.exit_code == 0, result.output
+    high = shell.store.load("high_cluster")
+    assert high.neurons is not None
+    assert (high.tower, high.neurons.layer.tolist(), set(high.neurons.alpha.tolist())) == (
+        "prefix",
+        [15, 15, 2],
+        {10.0},
+    )
 
 
 @pytest.mark.heavy

@@ -43,7 +43,8 @@ _FORMATS = {".yaml": "clusters", ".yml": "clusters", ".gguf": "gguf", ".safetens
 @app.command(
     "import",
     epilog="[bold]Examples[/]: steer directions import configs/clusters/corl2025_openvla_clusters.yaml --made-for openvla "
-    "--checkpoint models/openvla-7b   |   steer directions import honest.gguf --alpha 2 --span text --policy pocket-libero",
+    "--checkpoint models/openvla-7b   |   steer directions import configs/clusters/corl2025_pi0fast_clusters.yaml "
+    "--made-for pi0fast --alpha 10 --checkpoint models/pi0 --tower prefix   |   steer directions import honest.gguf --alpha 2 --span text --policy pocket-libero",
 )
 def import_file(
     file: Annotated[
@@ -160,14 +161,11 @@ def model_of(policy: str, checkpoint: Path | None, tower: str) -> tuple[TowerIde
     if checkpoint is None:
         loaded = load(policy)
         return TowerIdentity.of(tower_of(loaded, tower), loaded.model_hash), policy_facts(loaded)
-    from steer_runtime.policies.openvla.identity import identify
+    from steer_runtime.directions.checkpoint_vectors import CheckpointVectors
 
     with progress_bar("hashing weights (millions)") as progress:
-        found = identify(checkpoint, progress=progress)
-    if tower != found.tower:
-        raise SteerError("unknown_tower", f"{found.name!r} has no tower {tower[:40]!r}: expected {found.tower}")
-    identity = TowerIdentity(found.tower, found.model_hash, found.layers, found.d_model, found.d_ff)
-    return identity, {"policy": found.name, "policy_trained": found.trained}
+        vectors = CheckpointVectors(checkpoint, hash_progress=progress)
+        return TowerIdentity.of(tower_of(vectors, tower), vectors.model_hash), policy_facts(vectors)
 
 
 def _format_of(path: Path) -> str:
