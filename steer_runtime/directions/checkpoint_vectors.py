@@ -23,9 +23,10 @@ from torch import Tensor
 
 from steer_runtime.directions.projection import Matrix
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.actions import ActionTokenizer
+from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, read_statistics
 from steer_runtime.policies.openvla.base import EMBEDDING, PREFIX, read_base
-from steer_runtime.policies.openvla.checkpoint import DTYPES, Stored, open_tensors, read_headers, survey
+from steer_runtime.policies.openvla.checkpoint import DTYPES, STATISTICS, Stored, open_tensors, read_headers, survey
+from steer_runtime.policies.openvla.config import read_config
 from steer_runtime.policies.openvla.identity import hash_matrices, identify
 from steer_runtime.policies.openvla.layout import OWN_ROWS
 from steer_runtime.policies.openvla.policy import load_tokenizer
@@ -132,6 +133,24 @@ class CheckpointVectors:
     def action_token_values(self) -> dict[int, float]:
         """Bin centre of each action token; none for Pi0, whose actions are no tokens."""
         return dict(self._parts.action_values)
+
+    def statistics(self, suite: str | None = None) -> Statistics:
+        """Action statistics of a suite, by default of the only one there is. Raises SteerError('no_statistics')."""
+        if self._kind != "openvla":
+            raise SteerError(
+                "no_statistics", f"{self.name} has no action tokens: its actions are no words to give units"
+            )
+        config = read_config(self.directory / "config.json")
+        if suite is None:
+            path = self.directory / STATISTICS
+            table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else config.norm_stats
+            if len(table) != 1:
+                raise SteerError(
+                    "no_statistics",
+                    f"{self.directory} has action statistics of {', '.join(sorted(table)[:8]) or 'nothing'}: name the suite",
+                )
+            suite = next(iter(table))
+        return read_statistics(self.directory, config, suite)
 
     @cached_property
     def model_hash(self) -> str:
