@@ -90,6 +90,27 @@ def test_a_contrast_shows_both_ends(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "up", "--near", "slow", "--top", "5"),
+        ("search", "--contrast", "fast", "--minus", "slow", "--top", "5"),
+        ("cluster", "--words", "word50"),
+        ("layers",),
+    ],
+)
+def test_a_checkpoint_answers_what_its_loaded_policy_answers(folder: Path, arguments: tuple[str, ...]) -> None:
+    files = run(folder, *arguments, "--checkpoint", str(folder / "tiny"), policy=False)
+    assert files.exit_code == 0, files.output
+    assert rows(files) == rows(run(folder, *arguments))
+
+
+def test_two_sources_at_once_are_refused(folder: Path) -> None:
+    result = run(folder, "search", "up", "--checkpoint", str(folder / "tiny"))
+    assert isinstance(result.exception, SteerError)
+    assert result.exception.code == "bad_option"
+
+
+@pytest.mark.parametrize(
     ("arguments", "code"),
     [
         ((), "bad_option"),
@@ -145,7 +166,7 @@ def test_a_drawing_that_cannot_be_made_is_refused_before_work(
 
 def test_two_checkpoints_are_compared_layer_by_layer(folder: Path) -> None:
     tiny, other = str(folder / "tiny.yaml"), str(folder / "other.yaml")
-    same = run(folder, "compare", tiny, tiny, policy=False)
+    same = run(folder, "compare", tiny, str(folder / "tiny"), policy=False)
     assert [row[3:5] for row in rows(same)] == [["64 (100.0%)", "64 (100.0%)"]] * 3
     result = run(
         folder, "compare", tiny, other, "--layers-before", "0-1", "--layers-after", "1-2", "--top", "2", policy=False

@@ -12,9 +12,7 @@ from steer_runtime.cli.directions.common import (
     DEFAULT_POLICY,
     CacheOption,
     PolicyOption,
-    TowerOption,
     labels_for,
-    load,
     new_console,
     new_table,
     parse_numbers,
@@ -22,7 +20,13 @@ from steer_runtime.cli.directions.common import (
     policy_title,
     progress_bar,
     show_label,
-    tower_of,
+)
+from steer_runtime.cli.directions.source import (
+    CheckpointOption,
+    SourceTowerOption,
+    TokenizerOption,
+    open_source,
+    tower_name,
 )
 from steer_runtime.errors import SteerError
 
@@ -79,7 +83,9 @@ def search(
     top: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 20,
     layers: Annotated[str, typer.Option(help="Layers, such as 3,26-29; default all.")] = "",
     policy: PolicyOption = DEFAULT_POLICY,
-    tower: TowerOption = "lm",
+    checkpoint: CheckpointOption = None,
+    tokenizer: TokenizerOption = None,
+    tower: SourceTowerOption = "",
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Value vectors that say words. With --near or --contrast all are ranked, those that say WORDS first.
@@ -98,8 +104,8 @@ def search(
         raise SteerError(
             "bad_option", "nothing was asked for: give words, --near words, or --contrast and --minus words"
         )
-    loaded = load(policy)
-    found = labels_for(loaded, tower, cache, parse_numbers(layers, "layers"))
+    loaded = open_source(policy, checkpoint, tokenizer)
+    found = labels_for(loaded, tower_name(loaded, tower), cache, parse_numbers(layers, "layers"))
     title = policy_title(loaded)
     if like:
         space = word_space(found.basis)
@@ -109,7 +115,7 @@ def search(
         chance = f"labels of {_CONTROLS} random directions reach {control.max():.2f}"
         _show(f"Value vectors of {title} near {', '.join(like)}{say}; {chance}", found, neighbours)
     elif plus:
-        chosen = tower_of(loaded, tower)
+        chosen = loaded.towers[found.identity.tower]
         ends = index.contrast(
             found, lambda layer: chosen.down_projs[layer].weight, plus, less, top=top, says=says, against=without
         )
@@ -143,14 +149,16 @@ def cluster(
     seed: Annotated[int, typer.Option(min=0, help="Of the random directions and of the parts.")] = 0,
     layers: Annotated[str, typer.Option(help="Layers, such as 3,26-29; default all.")] = "",
     policy: PolicyOption = DEFAULT_POLICY,
-    tower: TowerOption = "lm",
+    checkpoint: CheckpointOption = None,
+    tokenizer: TokenizerOption = None,
+    tower: SourceTowerOption = "",
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Value vectors that say the same, put together and named by their most characteristic words."""
     from steer_runtime.directions.clustering import clusters
 
-    loaded = load(policy)
-    found = labels_for(loaded, tower, cache, parse_numbers(layers, "layers"))
+    loaded = open_source(policy, checkpoint, tokenizer)
+    found = labels_for(loaded, tower_name(loaded, tower), cache, parse_numbers(layers, "layers"))
     space = word_space(found.basis)
     with progress_bar("random directions") as progress:
         threshold = space.coherence_by_chance(found.tokens.shape[-1], seed=seed, progress=progress)
