@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +27,11 @@ from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, 
 from steer_runtime.policies.openvla.base import EMBEDDING, PREFIX, read_base
 from steer_runtime.policies.openvla.checkpoint import DTYPES, STATISTICS, Stored, open_tensors, read_headers, survey
 from steer_runtime.policies.openvla.config import read_config
-from steer_runtime.policies.openvla.identity import hash_matrices, identify
 from steer_runtime.policies.openvla.layout import OWN_ROWS
 from steer_runtime.policies.openvla.policy import load_tokenizer
+from steer_runtime.policies.weight_hash import Progress as HashProgress
+from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import Tower
-
-HashProgress = Callable[[int, int], None]
-"""Told (million weights hashed, million weights in all)."""
 
 _PI0_DOWN = re.compile(
     r"(?:model\.)?(?:paligemma_with_expert\.paligemma\.model|vlm)\.language_model\.layers\.(\d+)\.mlp\.down_proj\.weight"
@@ -155,8 +153,6 @@ class CheckpointVectors:
     @cached_property
     def model_hash(self) -> str:
         """The hash that the loaded policy has. All weights concerned are read: seconds for 7B."""
-        if self._kind == "openvla":
-            return identify(self.directory, progress=self._hash_progress).model_hash
         tower = self._parts.tower
         named: dict[str, Matrix] = {f"{tower}.{i}.down_proj": m for i, m in enumerate(self._parts.down_projs)}
         return hash_matrices({**named, f"{tower}.unembedding": self.unembedding}, progress=self._hash_progress)

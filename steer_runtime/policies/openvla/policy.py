@@ -5,7 +5,6 @@ Invariant: without a listener and with one, the numbers are the same; the policy
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +23,12 @@ from steer_runtime.policies.openvla.image import camera_values, libero_image, pi
 from steer_runtime.policies.openvla.model import Decoded, OpenVLAModel
 from steer_runtime.policies.openvla.object_tokens import named
 from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
+from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
 TOWER = "lm"
 _NAMED = 2
 """Objects that every instruction of a pick-and-place task names: what to take and where to put it."""
-_HASH_BLOCK = 1 << 22  # elements hashed at a time: 16 MB of float32
 
 
 @dataclass(frozen=True)
@@ -146,16 +145,9 @@ class OpenVLAPolicy:
 
         A bf16 model and its exact float32 copy hash alike.
         """
-        digest = hashlib.sha256()
         layers = self.towers[TOWER].down_projs
-        named = [(f"{TOWER}.{i}.down_proj", module.weight) for i, module in enumerate(layers)]  # type: ignore[attr-defined]
-        for name, weight in [*named, (f"{TOWER}.unembedding", self.unembedding)]:
-            digest.update(f"{name} {list(weight.shape)}\n".encode())
-            flat = weight.detach().reshape(-1)
-            for start in range(0, flat.numel(), _HASH_BLOCK):
-                block = flat[start : start + _HASH_BLOCK].to("cpu", torch.float32).numpy()
-                digest.update(block.astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+        named = {f"{TOWER}.{i}.down_proj": module.weight for i, module in enumerate(layers)}  # type: ignore[attr-defined]
+        return hash_matrices({**named, f"{TOWER}.unembedding": self.unembedding})
 
     def announce_roles_to(self, listener: TokenRoles | None) -> None:
         """Set (or clear) who is told the token roles before each forward of tower "lm"."""
