@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def scored(folder: Path) -> Path:
 def test_the_verb_writes_table_document_and_page(folder: Path, scored: Path) -> None:
     again = score(folder, scored)  # everything is measured already
     assert "(0 to measure)" in again.output
-    assert re.search(r"fast@\w+ +│ speed up +│ word", again.output)
+    assert re.search(r"fast +speed up +word", again.output)
     assert "random controls" in again.output
     assert "says nothing of a trained one" in again.output
     document = json.loads((scored / "score.json").read_text())
@@ -209,3 +211,13 @@ def test_a_person_can_sort_click_and_switch_and_nothing_is_fetched(scored: Path,
         assert page.run("document.documentElement.scrollWidth <= window.innerWidth")
         assert page.errors == []
         assert [url for url in page.requests if not url.startswith(("file:", "data:", "blob:", "about:"))] == []
+
+
+def test_help_has_examples_and_loads_no_policy() -> None:
+    script = (
+        "import sys\nfrom steer_runtime.cli.directions import app\ntry: app(['score', '--help'])\n"
+        "except SystemExit: pass\nassert not {'torch', 'plotly', 'jinja2'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Examples" in done.stdout
