@@ -311,7 +311,8 @@ class LabelCache:
         return self.root / f"{identity.model_hash[:16]}-{identity.tower}-{spec.key}" / f"layer-{layer:03d}.safetensors"
 
     def _write(self, identity: TowerIdentity, layer: int, spec: Spec, ends: Ends) -> None:
-        facts = {"model_hash": identity.model_hash, "sha256": _digest(*ends)}
+        # One entry: safetensors writes several in any order, and equal labels are to be equal files.
+        facts = {"labels": f"{identity.model_hash} {_digest(*ends)}"}
         write_atomically(self.path(identity, layer, spec), safetensors_save(ends._asdict(), metadata=facts))
 
     def _read(self, identity: TowerIdentity, layer: int, spec: Spec, vocab: int) -> Ends | None:
@@ -328,7 +329,7 @@ class LabelCache:
         shape = (identity.d_ff, spec.top_k)
         if [(part.shape, part.dtype) for part in ends] != [(shape, np.int32), (shape, np.float32)] * 2:
             self._discard(path, "has other shapes than this tower")
-        elif facts.get("model_hash") != identity.model_hash or facts.get("sha256") != _digest(*ends):
+        elif facts.get("labels") != f"{identity.model_hash} {_digest(*ends)}":
             self._discard(path, "does not match its own checksum or this model")
         elif any(part.min() < 0 or part.max() >= vocab for part in (ends.tokens, ends.low_tokens)):
             self._discard(path, "names tokens outside the vocabulary")
