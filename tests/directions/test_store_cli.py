@@ -219,6 +219,10 @@ def test_verify_names_each_problem_and_fails(shell: Shell, spoil: Callable[[Path
     assert not (shell.folder.parent / "escape").exists()
 
 
+def test_verify_of_a_folder_that_is_not_there_fails(shell: Shell) -> None:
+    assert code(shell("verify")) == "bad_store"
+
+
 def test_verify_refuses_directions_of_another_model(shell: Shell, tmp_path: Path) -> None:
     shell.clusters()
     assert shell("verify").exit_code == 0

@@ -158,6 +158,8 @@ def verify(
     """Read every file of the store: hashes, cards, ends of axes, and the model if one is given. Exit code 2 for a problem."""
     from steer_runtime.directions.store import DirectionStore
 
+    if not store.is_dir():
+        raise SteerError("bad_store", f"{store} is no folder: give the folder of directions to verify")
     folder = DirectionStore(store)
     identity = model_of(policy, checkpoint, tower)[0] if policy or checkpoint is not None else None
     problems = folder.verify(identity)
