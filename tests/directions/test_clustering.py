@@ -10,7 +10,7 @@ import torch
 
 from steer_runtime.directions import clustering
 from steer_runtime.directions.clustering import clusters
-from steer_runtime.directions.shares import is_action, is_semantic, shares
+from steer_runtime.directions.shares import action_share, is_semantic, shares
 from steer_runtime.directions.similarity import WordSpace
 from steer_runtime.directions.token_basis import Labels, TokenBasis, TowerIdentity
 from steer_runtime.errors import SteerError
@@ -124,7 +124,7 @@ def test_options_that_make_no_clusters_are_refused(labels: Labels, space: WordSp
 
 
 def test_an_action_vector_is_no_semantic_one(labels: Labels, space: WordSpace) -> None:
-    semantic, action = is_semantic(labels, space, -1.0), is_action(labels) >= 0.5
+    semantic, action = is_semantic(labels, space, -1.0), action_share(labels) >= 0.5
     assert action[:, 14:18].all()
     assert action.sum() == 8
     assert not (semantic & action).any()

@@ -119,6 +119,7 @@ def compare(
         "kept",
         "unchanged",
         "lost all",
+        "became action",
     )
     for pair in found.layers:
         table.add_row(
@@ -128,6 +129,7 @@ def compare(
             f"{pair.kept} ({pair.share:.1%})",
             f"{pair.unchanged} ({pair.unchanged / pair.vectors:.1%})",
             f"{pair.lost} ({pair.lost / pair.vectors:.1%})",
+            f"{pair.became_action} ({pair.became_action / pair.vectors:.1%})",
         )
     console = new_console()
     console.print(table)
