@@ -108,7 +108,11 @@ def labels(
     console = new_console()
     console.print(table)
     if units == "all":
-        console.print(_units_table(sorted(met & found.basis.action_values.keys()), found, loaded, statistics))
+        actions = sorted(met & found.basis.action_values.keys())
+        if actions:
+            console.print(_units_table(actions, found, loaded, statistics))
+        else:
+            say("none of the labels shown holds an action token")
 
 
 def _source(policy: str, checkpoint: Path | None, tokenizer: Path | None, suite: str, units: bool) -> tuple[Any, Any]:
