@@ -54,7 +54,7 @@ def _connect(ray: Any, address: str, cpus: int | None) -> bool:
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         else:
             ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises a bare Exception when its processes do not start in time
         raise SteerError(
             "no_ray", f"no Ray cluster answers at {address!r} ({error}): start one with `ray start`, or use --ray local"
         ) from None
