@@ -52,7 +52,8 @@ axes: setup ## Axes made of words against random ones, in whole episodes (three 
 test: check ## Formatter, linter, types and every test that fits in minutes
 	$(BIN)/python -m pytest -m "not heavy"
 
-test-heavy: setup ## The tests that take minutes each
+test-heavy: setup ## The tests that take minutes each, one of them in a browser
+	@scripts/system_packages.sh $(PYTHON) browser
 	$(BIN)/python -m pytest -m heavy
 
 check: setup ## Formatter, linter, type checker

@@ -12,7 +12,7 @@ need_library libOSMesa.so libosmesa6
 need_library libGL.so.1 libgl1
 need_library libgthread-2.0.so.0 libglib2.0-0
 command -v g++ >/dev/null || missing+=(g++)
-python=${1:?usage: system_packages.sh PYTHON}
+python=${1:?usage: system_packages.sh PYTHON [browser]}
 if ! command -v "$python" >/dev/null; then
   missing+=(python3 python3-venv python3-dev)
 else
@@ -20,6 +20,9 @@ else
   header=$("$python" -c "import sysconfig; print(sysconfig.get_path('include'))")/Python.h
   [[ -f $header ]] || missing+=(python3-dev)
 fi
+
+# For the tests that look at a page as a person does.
+if [[ ${2:-} == browser ]]; then command -v chromium >/dev/null || missing+=(chromium); fi
 
 if ((${#missing[@]} == 0)); then exit 0; fi
 if ((EUID == 0)) && command -v apt-get >/dev/null; then

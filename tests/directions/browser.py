@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import websocket
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -64,10 +65,9 @@ class Page:
 
 @contextmanager
 def page(profile: Path) -> Iterator[Page]:
-    """A tab of a fresh browser. Skips the test where there is no Chromium."""
-    websocket = pytest.importorskip("websocket")
+    """A tab of a fresh browser. Fails the test where there is no Chromium."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
+        pytest.fail("no Chromium is installed: run `make test-heavy`, which installs it")
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1400,1000"]
     command += [f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"]
     browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -145,7 +145,6 @@ def test_inputs_are_left_as_they_were() -> None:
 
 @pytest.mark.heavy
 def test_layers_on_ray_have_the_bytes_of_one_process() -> None:
-    pytest.importorskip("ray")
     from steer_runtime.directions.fan_out import on_ray
 
     torch.manual_seed(0)
