@@ -338,9 +338,8 @@ def _check_fields(command: SteeringCommand, limits: Limits) -> None:
 
 
 def _steps(steps: object) -> None:
-    pair = isinstance(steps, tuple) and len(steps) == 2
-    whole = pair and all(isinstance(step, int) and not isinstance(step, bool) for step in steps)  # type: ignore[union-attr]
-    if not whole or not 0 <= steps[0] < steps[1] <= MAX_COUNTER:  # type: ignore[index]
+    usable = isinstance(steps, tuple) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not usable or not 0 <= steps[0] < steps[1] <= MAX_COUNTER:  # type: ignore[index]
         raise SteerError(
             "bad_steps",
             f"steps are {str(steps)[:80]}: expected two whole numbers, the first step from 0 and the one after the last",

@@ -8,7 +8,6 @@ import fabricate
 import numpy as np
 import pytest
 import torch
-from steering.subjects import Sender, Time, dense_direction, neuron_direction
 
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.errors import SteerError
@@ -16,6 +15,7 @@ from steer_runtime.policies.openvla.policy import TOWER, OpenVLAPolicy
 from steer_runtime.steering.engine import SteeringEngine
 from steer_runtime.steering.offline import OfflineSteering
 from steer_runtime.steering.trace import TraceRecord
+from steering.subjects import Sender, Time, dense_direction, neuron_direction
 
 
 def _inputs_of_down_proj(policy: OpenVLAPolicy, layer: int, neuron: int) -> list[float]:
