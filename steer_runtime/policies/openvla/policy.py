@@ -5,7 +5,6 @@ Invariant: without a listener and with one, the numbers are the same; the policy
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from steer_runtime.errors import SteerError, nearest
+from steer_runtime.policies.identity import hash_of
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
-from steer_runtime.policies.openvla.checkpoint import LoadReport, load_checkpoint
+from steer_runtime.policies.openvla.checkpoint import load_checkpoint
 from steer_runtime.policies.openvla.config import OpenVLAConfig
 from steer_runtime.policies.openvla.image import camera_values, libero_image, pixel_values
 from steer_runtime.policies.openvla.model import Decoded, OpenVLAModel
 from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
+from steer_runtime.policies.shards import LoadReport
+from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
 TOWER = "lm"
-_HASH_BLOCK = 1 << 22  # elements hashed at a time: 16 MB of float32
 
 
 def prompt_text(config: OpenVLAConfig, instruction: str) -> str:
@@ -124,16 +125,9 @@ class OpenVLAPolicy:
 
         A bf16 model and its exact float32 copy hash alike.
         """
-        digest = hashlib.sha256()
         layers = self.towers[TOWER].down_projs
         named = [(f"{TOWER}.{i}.down_proj", module.weight) for i, module in enumerate(layers)]  # type: ignore[attr-defined]
-        for name, weight in [*named, (f"{TOWER}.unembedding", self.unembedding)]:
-            digest.update(f"{name} {list(weight.shape)}\n".encode())
-            flat = weight.detach().reshape(-1)
-            for start in range(0, flat.numel(), _HASH_BLOCK):
-                block = flat[start : start + _HASH_BLOCK].to("cpu", torch.float32).numpy()
-                digest.update(block.astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+        return hash_of([*named, (f"{TOWER}.unembedding", self.unembedding)])
 
     def announce_roles_to(self, listener: TokenRoles | None) -> None:
         """Set (or clear) who is told the token roles before each forward of tower "lm"."""
@@ -250,14 +244,3 @@ class OpenVLAPolicy:
     def _announce(self, roles: list[Role]) -> None:
         if self._listener is not None:
             self._listener.set_roles(TOWER, roles)
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a checkpoint's `tokenizer.json`; no network, no remote code. Raises SteerError('no_tokenizer')."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise SteerError("no_tokenizer", f"{directory} has no tokenizer.json: download it with the checkpoint")
-    try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
-        raise SteerError("no_tokenizer", f"{path} is not a tokenizer file ({error}); download it again") from None
