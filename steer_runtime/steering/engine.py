@@ -504,6 +504,7 @@ class SteeringEngine:
             firings=firings,
             expected_firings=expected,
             interrupted=self._interrupted,
+            tower_tokens=tuple((name, sum(layout.seen)) for name, layout in self._layouts.items()),
         )
 
     def _plans_of(

@@ -115,6 +115,11 @@ class OpenVLAPolicy:
         """Token basis of tower "lm", [vocab_rows, d_model]."""
         return self.model.unembedding
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the images that an observation must have."""
+        return (self.camera,) if self.config.heatmap is None else (self.camera, self.wrist_camera)
+
     def action_token_values(self) -> dict[int, float]:
         """Bin centre in [-1, 1] of each action token id."""
         return self.actions.values()
