@@ -17,7 +17,7 @@ import numpy as np
 
 from steer_runtime.errors import SteerError
 from steer_runtime.steering.engine import SteeringEngine
-from steer_runtime.types import ActionChunk, Observation, Policy
+from steer_runtime.types import COUNTED_NOTES, ActionChunk, Observation, Policy
 
 LoopState = Literal["idle", "running", "holding", "error"]
 
@@ -69,6 +69,7 @@ class InferenceLoop:
                     "inferences",
                     "policy_errors",
                     "bad_actions",
+                    *COUNTED_NOTES,
                 ),
                 0,
             )
@@ -172,6 +173,7 @@ class InferenceLoop:
         )
         with self._condition:
             self._counters["inferences"] += 1
+            self._counters.update({name: int(notes.get(name, 0)) for name in COUNTED_NOTES})
             if self._stopping:
                 return
             self._state = "running"

@@ -98,6 +98,10 @@ class SteeringStamp:
     sequence: int
 
 
+COUNTED_NOTES = ("out_of_range_tokens", "unknown_object")
+"""Notes of a chunk that tell of something wrong; the inference loop adds them up in counters of these names."""
+
+
 @dataclass(frozen=True)
 class ActionChunk:
     """Actions of one inference: float32 [T, dims] in `space` units, T control steps long.

@@ -18,7 +18,7 @@ from steer_runtime.loop import InferenceLoop, LoopEvent
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.steering.command import SteeringCommand
 from steer_runtime.steering.engine import SteeringEngine, hooks_on
-from steer_runtime.types import ActionChunk
+from steer_runtime.types import ActionChunk, Observation
 
 WAIT_S = 20.0
 
@@ -161,3 +161,26 @@ def test_stopping_leaves_the_policy_as_it_was() -> None:
 def test_a_second_start_is_refused() -> None:
     with Bench(fabricate.tiny_policy()) as bench, pytest.raises(SteerError, match="runs already"):
         bench.loop.start()
+
+
+def test_what_a_policy_notes_as_wrong_is_counted() -> None:
+    class Noting:
+        """The tiny policy, with a note of every kind on its chunks."""
+
+        def __init__(self) -> None:
+            self.inner = fabricate.tiny_policy()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def infer(self, observation: Observation) -> ActionChunk:
+            notes = {"out_of_range_tokens": 2.0, "unknown_object": 1.0, "said_pace": 4.0}
+            return dataclasses.replace(self.inner.infer(observation), notes=notes)
+
+    with Bench(Noting()) as bench:  # type: ignore[arg-type]
+        for frame in range(3):
+            bench.submit(frame_id=frame)
+            bench.chunk()
+        counters = bench.loop.counters
+    assert (counters["out_of_range_tokens"], counters["unknown_object"], counters["inferences"]) == (6, 3, 3)
+    assert "said_pace" not in counters

@@ -17,11 +17,11 @@ import numpy as np
 from sim.evaluation.axis_directions import Draw
 from sim.evaluation.bank import CARRIED, NEAR
 from sim.evaluation.episodes import Infer, Trial
-from sim.evaluation.results import Results
 from sim.policy_actor import tell_gripper
 from steer_runtime.errors import SteerError
 from steer_runtime.moments import Moment
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+from steer_runtime.results import Results
 from steer_runtime.steering.offline import OfflineSteering
 from steer_runtime.types import Observation
 

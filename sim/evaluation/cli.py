@@ -264,7 +264,7 @@ def axis(
     from sim.evaluation import dose_response as verdicts
     from sim.evaluation import episodes as runs
     from sim.evaluation.bank import BankSpec, bank, bank_path
-    from sim.evaluation.results import results
+    from steer_runtime.results import results
 
     setting = _setting(suite=suite, meshes=meshes, size=size, limit=limit)
     chosen = runs.chosen_tasks(suite, task_ids(tasks))
@@ -350,7 +350,7 @@ class _Run:
         """Run the trials that are missing, write the summary and print it."""
         from sim.benchmark import use_software_rendering
         from sim.evaluation import episodes as runs
-        from sim.evaluation.results import results
+        from steer_runtime.results import results
 
         use_software_rendering()
         loaded = load(self.policy, self.checkpoint)

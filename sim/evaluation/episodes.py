@@ -20,13 +20,13 @@ import torch
 from sim import grasp, layouts
 from sim.benchmark import SETTLE_STEPS, require_versions, step_limit, versions
 from sim.evaluation.motion import Motion, Watch
-from sim.evaluation.results import Results
 from sim.plan import PICK_AND_PLACE
 from sim.policy_actor import CAMERA_SIZE, PolicyActor
 from sim.scene import Scene
 from sim.wordings import Concept, Split, choose, say
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+from steer_runtime.results import Results
 from steer_runtime.types import ActionChunk, Observation
 
 Meshes = Literal["original", "thin"]

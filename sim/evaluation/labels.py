@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from sim.evaluation.statistics import Line
-from sim.training.distillation import label_survival
+from steer_runtime.directions.comparison import label_survival
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.base import EMBEDDING, PREFIX, BaseConfig, read_base
 from steer_runtime.policies.openvla.policy import TOWER, OpenVLAPolicy

@@ -83,18 +83,3 @@ def distillation_loss(logits: Tensor, top: Tensor, chance: Tensor) -> Tensor:
     """-sum_k p_k log softmax(logits)_k over the teacher's kept tokens, mean over [B, L - 1]; logits [B, L - 1, words]."""
     chosen = logits.gather(-1, top) - logits.logsumexp(-1, keepdim=True)
     return -(chance * chosen).sum(-1).mean()
-
-
-@torch.no_grad()
-def label_survival(before: Tensor, after: Tensor, embedding: Tensor, top: int = 10, block: int = 256) -> float:
-    """Share of value vectors whose `top` best tokens overlap those before by half or more.
-
-    before, after [d_model, d_ff]: a `down_proj` weight; embedding [words, d_model]: the token basis. Label as in Haon et
-    al. 2025 (arXiv 2509.00328): the best rows of embedding @ column.
-    """
-    same = 0
-    for columns in torch.arange(before.shape[1]).split(block):
-        old, new = ((embedding @ w[:, columns]).topk(top, dim=0).indices for w in (before, after))
-        overlap = (old[:, None] == new[None]).any(1).sum(0)
-        same += int((2 * overlap >= top).sum())
-    return same / before.shape[1]

@@ -18,11 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sim.manner import CONCEPTS, SLOTS, Manner
 from sim.training.demonstration_data import DemonstrationData, normalised, statistics
-from sim.training.distillation import Teaching, distillation_loss, label_survival
+from sim.training.distillation import Teaching, distillation_loss
 from sim.training.low_rank import adapt, merge
 from sim.training.settings import PolicyTraining
 from sim.training.trainer import Order
 from sim.wordings import instruction_for
+from steer_runtime.directions.comparison import label_survival
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import prompt_text
@@ -280,7 +281,7 @@ class PolicySubject:
 
     @torch.no_grad()
     def label_survival(self) -> float:
-        """Mean over layers of `distillation.label_survival`, on every eighth value vector."""
+        """Mean over layers of `comparison.label_survival`, on every eighth value vector."""
         decoder = self.net.model.language_model.model
         words = decoder.embed_tokens.weight[: self.net.low]
         shares = [

@@ -21,6 +21,10 @@ Operation = Literal["override", "add", "scale", "clamp", "ablate"]
 OPERATIONS: tuple[Operation, ...] = ("override", "add", "scale", "clamp", "ablate")
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 """Names are file names and topic text: lower case, digits, `_.-`, at most 64 characters."""
+CARD_FORMAT = "steer-direction/2"
+NO_LICENCE = "NOASSERTION"
+"""SPDX's word for: whoever made this has not said."""
+_LICENCE = re.compile(r"[A-Za-z0-9.+()-][A-Za-z0-9.+() -]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Direction:
     Residual site 0 is the embedding entry, site i + 1 the output of layer i.
     model_hash, d_model, d_ff, layers: the tower it belongs to. max_strength: largest strength shown safe in simulation
     (0 < max_strength <= 1); 1.0 with `proven=False` means nobody has shown it yet.
-    provenance: JSON-able facts (finder, words, labels, date).
+    provenance: JSON-able facts (finder, words, labels, date). licence: SPDX expression of whoever made it.
+    calibrated: (low, high) strengths over which its effect was shown in simulation, 0 <= low < high <= 1; None for never.
     """
 
     name: str
@@ -63,6 +68,8 @@ class Direction:
     max_strength: float = 1.0
     proven: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = NO_LICENCE
+    calibrated: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name) or ".." in self.name:
@@ -80,6 +87,14 @@ class Direction:
             raise SteerError(
                 "bad_max_strength", f"max_strength of {self.name!r} is {self.max_strength}: expected a number in (0, 1]"
             )
+        if not _LICENCE.fullmatch(self.licence):
+            raise SteerError(
+                "bad_licence",
+                f"licence {self.licence[:40]!r} of {self.name!r} is no SPDX expression: expected such as 'Apache-2.0', or "
+                f"{NO_LICENCE!r} where nobody has said",
+            )
+        if self.calibrated is not None:
+            self._check_calibrated(*self.calibrated)
         if (self.neurons is None) == (self.dense is None):
             raise SteerError(
                 "bad_direction", f"direction {self.name!r} must hold neurons or a dense vector, not both or none"
@@ -88,6 +103,13 @@ class Direction:
             self._check_neurons(self.neurons)
         else:
             self._check_dense(self.dense or {})
+
+    def _check_calibrated(self, low: float, high: float) -> None:
+        if not (np.isfinite(low) and np.isfinite(high) and 0 <= low < high <= 1):
+            raise SteerError(
+                "bad_calibrated",
+                f"calibrated range of {self.name!r} is {low} to {high}: expected strengths, 0 <= low < high <= 1",
+            )
 
     def _check_neurons(self, n: Neurons) -> None:
         arrays = {"layer": n.layer, "neuron": n.neuron, "alpha": n.alpha}
@@ -150,7 +172,7 @@ class Direction:
     def card(self) -> dict[str, Any]:
         """The JSON card: all but the tensors. Its canonical form is part of the hash."""
         return {
-            "format": "steer-direction/1",
+            "format": CARD_FORMAT,
             "name": self.name,
             "tower": self.tower,
             "model_hash": self.model_hash,
@@ -160,9 +182,25 @@ class Direction:
             "op": self.op,
             "span": sorted(self.span),
             "form": "neurons" if self.neurons is not None else "dense",
+            "writes": self.writes,
             "max_strength": self.max_strength,
             "proven": self.proven,
+            "calibrated": None if self.calibrated is None else list(self.calibrated),
+            "licence": self.licence,
             "provenance": dict(self.provenance),
+        }
+
+    @property
+    def writes(self) -> dict[str, Any]:
+        """What the tensors hold, for people who read the card: layers, number of neurons and range of alpha; or sites."""
+        if self.neurons is None:
+            return {"sites": sorted(self.dense or {})}
+        alpha = self.neurons.alpha
+        # Adding zero makes -0.0 and 0.0 one number: which of them `min` returns depends on the machine.
+        return {
+            "neurons": len(self.neurons),
+            "layers": sorted({int(layer) for layer in self.neurons.layer}),
+            "alpha": [float(alpha.min()) + 0.0, float(alpha.max()) + 0.0],
         }
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -190,17 +228,21 @@ class Direction:
 
     def require_fits(self, tower: Tower, model_hash: str) -> None:
         """Refuse a direction of another model or size. Raises SteerError('other_model')."""
+        self.require_model(model_hash, tower.name, (tower.layers, tower.d_model, tower.d_ff))
+
+    def require_model(self, model_hash: str, tower: str, sizes: tuple[int, int, int]) -> None:
+        """As `require_fits`, from the facts alone. sizes: layers, d_model, d_ff. Raises SteerError('other_model')."""
         if self.model_hash != model_hash:
             raise SteerError(
                 "other_model",
                 f"direction {self.id!r} belongs to model {self.model_hash[:12]} but {model_hash[:12]} is loaded; "
                 "load that model or find the direction again with `steer directions make`",
             )
-        mine, theirs = (self.layers, self.d_model, self.d_ff), (tower.layers, tower.d_model, tower.d_ff)
-        if mine != theirs:
+        mine = (self.layers, self.d_model, self.d_ff)
+        if mine != sizes:
             raise SteerError(
                 "other_model",
-                f"direction {self.id!r} is for (layers, d_model, d_ff) {mine} but tower {tower.name!r} has {theirs}",
+                f"direction {self.id!r} is for (layers, d_model, d_ff) {mine} but tower {tower!r} has {sizes}",
             )
 
 

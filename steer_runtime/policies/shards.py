@@ -66,7 +66,7 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for path, promised in _locate(directory).items():
-        with open_file(path) as file:
+        with open_tensors(path) as file:
             keys = list(file.keys())
             for key in keys:
                 if key in stored:
@@ -85,11 +85,11 @@ def read_tensors(stored: Mapping[str, Stored], keys: Iterable[str]) -> Iterator[
     for key in keys:
         by_file.setdefault(stored[key].file, []).append(key)
     for path, wanted in by_file.items():
-        file, read = open_file(path), 0
+        file, read = open_tensors(path), 0
         for key in wanted:
             if read > WINDOW_BYTES:
                 del file
-                file, read = open_file(path), 0
+                file, read = open_tensors(path), 0
             try:
                 tensor = file.get_tensor(key)
             except (SafetensorError, OSError) as error:
@@ -99,8 +99,8 @@ def read_tensors(stored: Mapping[str, Stored], keys: Iterable[str]) -> Iterator[
             del tensor
 
 
-def open_file(path: Path) -> Any:
-    """A safetensors file, mapped. Raises SteerError('torn_file')."""
+def open_tensors(path: Path) -> Any:
+    """safetensors' `safe_open` of a file. Raises SteerError('torn_file')."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:

@@ -38,7 +38,7 @@ class Shell:
         given = [verb, *arguments]
         if policy:
             given += ["--policy", str(self.config)]
-        if policy and verb not in ("clusters",):
+        if policy and verb != "import":
             given += ["--cache", str(self.folder / "labels")]
         if verb not in ("labels", "search"):
             given += ["--store", str(self.folder / "store")]
@@ -54,7 +54,7 @@ def shell(config: Path, tmp_path: Path) -> Shell:
     return Shell(config, tmp_path)
 
 
-@pytest.mark.parametrize("verb", ["", "labels", "search", "make", "axis", "clusters", "show", "list"])
+@pytest.mark.parametrize("verb", ["", "labels", "search", "make", "axis", "import", "show", "list"])
 def test_help_of_every_verb_has_an_example_and_loads_no_policy(verb: str) -> None:
     script = (
         "import sys\nfrom steer_runtime.cli.directions import app\n"
@@ -171,7 +171,7 @@ def test_make_refuses_what_makes_no_direction(shell: Shell, arguments: tuple[str
 
 def test_clusters_of_a_larger_model_are_refused(shell: Shell) -> None:
     published = Path(__file__).parents[2] / "configs" / "clusters" / "corl2025_openvla_clusters.yaml"
-    result = shell("clusters", str(published), "--made-for", "openvla")
+    result = shell("import", str(published), "--made-for", "openvla")
     assert isinstance(result.exception, SteerError)
     assert result.exception.code == "other_model"
 

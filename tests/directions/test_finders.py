@@ -44,7 +44,7 @@ def test_from_words_overrides_the_best_matches_at_four(labels: Labels) -> None:
 
 def test_from_words_remembers_how_it_was_found(labels: Labels) -> None:
     facts = finders.from_words(labels, RECIPE, ["up"], against=["slow"], count=1).provenance
-    assert (facts["finder"], facts["words"], facts["against"]) == ("from_words", ["up"], ["slow"])
+    assert (facts["finder"], facts["words"], facts["against"]) == ("token", ["up"], ["slow"])
     assert (facts["date"], facts["alpha"]) == ("2026-01-31", 4.0)
     assert facts["neurons"][0]["label"][:2] == ["below", "up"]
     assert set(facts["versions"]) == {"torch", "transformers", "numpy"}

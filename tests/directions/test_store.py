@@ -12,69 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save as safetensors_save
+from strategies import D_FF, D_MODEL, LAYERS, MODEL, damages, directions, neuron_direction
 
-from steer_runtime.directions.direction import Axis, Direction, Neurons
-from steer_runtime.directions.store import MAX_CARD_BYTES, MAX_TENSOR_BYTES, DirectionStore
+from steer_runtime.directions.card import MAX_CARD_BYTES
+from steer_runtime.directions.direction import Axis, Direction
+from steer_runtime.directions.store import MAX_TENSOR_BYTES, DirectionStore
 from steer_runtime.errors import SteerError
-from steer_runtime.types import ROLES, Tower
-
-LAYERS, D_MODEL, D_FF = 5, 6, 16
-MODEL = "a" * 64
-finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
-json_facts = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-def neuron_direction(name: str = "up", *, alpha: float = 4.0, model: str = MODEL) -> Direction:
-    return Direction(
-        name=name,
-        tower="lm",
-        model_hash=model,
-        layers=LAYERS,
-        d_model=D_MODEL,
-        d_ff=D_FF,
-        neurons=Neurons(
-            np.array([1, 4], np.int32), np.array([0, 15], np.int32), np.array([alpha, alpha], np.float32), None
-        ),
-        provenance={"finder": "test", "words": ["up"], "date": "2026-01-31"},
-    )
-
-
-@st.composite
-def directions(draw: st.DrawFn) -> Direction:
-    form = draw(st.sampled_from(["override", "add", "scale", "ablate", "clamp", "dense"]))
-    neurons = dense = None
-    if form == "dense":
-        sites = draw(st.lists(st.integers(0, LAYERS), min_size=1, max_size=3, unique=True))
-        dense = {s: np.array(draw(st.lists(finite32, min_size=D_MODEL, max_size=D_MODEL)), np.float32) for s in sites}
-    else:
-        flat = draw(st.lists(st.integers(0, LAYERS * D_FF - 1), min_size=1, max_size=6, unique=True))
-        size = len(flat)
-        alpha = np.array(draw(st.lists(finite32, min_size=size, max_size=size)), np.float32)
-        low = np.full(size, alpha.min(), np.float32) if form == "clamp" else None
-        layer, neuron = (np.array(part, np.int32) for part in zip(*(divmod(f, D_FF) for f in flat), strict=True))
-        neurons = Neurons(layer, neuron, alpha, low)
-    return Direction(
-        name=draw(st.from_regex(r"[a-z0-9][a-z0-9_-]{0,20}", fullmatch=True)),
-        tower="lm",
-        model_hash=MODEL,
-        layers=LAYERS,
-        d_model=D_MODEL,
-        d_ff=D_FF,
-        op="add" if form == "dense" else form,  # type: ignore[arg-type]
-        span=draw(st.frozensets(st.sampled_from(ROLES), min_size=1)),
-        neurons=neurons,
-        dense=dense,
-        max_strength=draw(st.floats(0.01, 1.0) | st.just(1)),
-        proven=draw(st.booleans()),
-        provenance=draw(st.dictionaries(st.text(max_size=8), json_facts, max_size=4)),
-    )
+from steer_runtime.types import Tower
 
 
 @settings(max_examples=60, deadline=None)
@@ -355,7 +302,7 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         (card_with_a_key_twice, "bad_card"),
     )
 } | {
-    "card_of_another_format": (changed_card(format="steer-direction/2"), "bad_card"),
+    "card_of_another_format": (changed_card(format="steer-direction/1"), "bad_card"),
     "card_with_an_unknown_key": (changed_card(code="import os"), "bad_card"),
     "card_with_a_traversing_name": (changed_card(name="../../up"), "bad_card"),
     "card_with_another_name": (changed_card(name="down"), "bad_card"),
@@ -366,6 +313,13 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "card_claiming_proof": (changed_card(proven=True), "hash_mismatch"),
     "card_with_an_unknown_role": (changed_card(span=["everything"]), "bad_span"),
     "card_with_a_huge_limit": (changed_card(max_strength=1e300), "bad_max_strength"),
+    "card_with_another_licence": (changed_card(licence="MIT"), "hash_mismatch"),
+    "card_with_a_licence_that_is_a_path": (changed_card(licence="../LICENSE"), "bad_licence"),
+    "card_claiming_a_range": (changed_card(calibrated=[0.0, 1.0]), "hash_mismatch"),
+    "card_with_a_range_of_three": (changed_card(calibrated=[0.0, 0.5, 1.0]), "bad_card"),
+    "card_with_a_range_backwards": (changed_card(calibrated=[1.0, 0.0]), "bad_calibrated"),
+    "card_that_lies_about_its_layers": (changed_card(writes={"neurons": 2, "layers": [0]}), "hash_mismatch"),
+    "card_with_another_hash": (changed_card(hash="0" * 64), "hash_mismatch"),
     "card_with_nan": (changed_card(provenance={"x": float("nan")}), "bad_card"),
     "card_with_an_overflowing_number": (card_with_an_overflowing_number, "bad_card"),
     "card_with_a_number_of_a_million_digits": (card_text(b'{"layers": ' + b"9" * 1_000_000 + b"}"), "bad_card"),
@@ -482,6 +436,54 @@ def test_a_direction_cannot_take_the_name_of_an_axis(tmp_path: Path) -> None:
         store.save(neuron_direction(name))
     store.save_axis(Axis("speed", "slow", "fast"))
     assert refused(lambda: store.save(neuron_direction("speed"))).code == "name_taken"
+
+
+@settings(max_examples=150, deadline=None)
+@given(direction=directions(), damage=damages(), suffix=st.sampled_from([".json", ".safetensors"]))
+def test_a_byte_changed_in_any_file_of_a_direction_is_refused(
+    direction: Direction, damage: Callable[[bytes], bytes], suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = DirectionStore(tmp_path_factory.mktemp("store"))
+    path = store.save(direction).with_name(direction.id + suffix)
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assume(path.read_bytes() != content)  # of two equal bytes side by side either may go
+    refused(lambda: store.load(direction.name))
+    assert [entry.direction for entry in store.list()] == [None]
+
+
+def test_every_byte_of_an_axis_file_counts(tmp_path: Path) -> None:
+    store = DirectionStore(tmp_path)
+    for name in ("slow", "slov", "fast"):
+        store.save(neuron_direction(name))
+    path = store.save_axis(Axis("speed", "slow", "fast"))
+    content = path.read_bytes()
+    for at in range(len(content)):
+        for value in (content[at] ^ 1, ord(" "), ord("\n")):
+            if value != content[at]:
+                path.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+                refused(store.load_axes)
+        path.write_bytes(content[:at])
+        refused(store.load_axes)
+    path.write_bytes(content)
+    assert store.load_axis("speed").negative == "slow"
+
+
+def test_a_card_holds_what_a_catalog_asks_for(tmp_path: Path) -> None:
+    store = DirectionStore(tmp_path)
+    direction = replace(neuron_direction(), licence="MIT", calibrated=(0.25, 0.75))
+    card = json.loads(store.save(direction).with_suffix(".json").read_text())
+    assert card["writes"] == {"neurons": 2, "layers": [1, 4], "alpha": [4.0, 4.0]}
+    assert (card["licence"], card["calibrated"]) == ("MIT", [0.25, 0.75])
+    assert (card["hash"], card["model_hash"]) == (direction.hash, MODEL)
+    assert card["provenance"]["finder"] == "test"
+
+
+def test_a_card_of_the_first_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    store = DirectionStore(tmp_path)
+    card = store.save(neuron_direction()).with_suffix(".json")
+    card.write_text(card.read_text().replace("steer-direction/2", "steer-direction/1"))
+    assert "make the direction again with `steer directions make`" in refused(lambda: store.load("up")).sentence
 
 
 def refused(action: Callable[[], object]) -> SteerError:

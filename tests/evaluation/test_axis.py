@@ -15,11 +15,11 @@ from sim.evaluation import axis, axis_directions
 from sim.evaluation.axis_directions import AxisSpec, Draw, basis_of, make
 from sim.evaluation.bank import BankSpec, bank, bank_path, recorded_moments
 from sim.evaluation.dose_response import draw_chart, respond, summarise
-from sim.evaluation.results import results
 from sim.record import PHASES
 from steer_runtime.errors import SteerError
 from steer_runtime.moments import QUANTITIES, Moment
 from steer_runtime.policies.openvla.policy import TOWER, OpenVLAPolicy
+from steer_runtime.results import results
 
 NEURONS = AxisSpec("speed", "neurons", ("text", "action"), layers=(1, 2), count=6, alpha=3.0)
 DENSE = AxisSpec("speed", "dense", ("text",), site=1, size=2.0)

@@ -14,13 +14,13 @@ from sim.benchmark import use_software_rendering
 from sim.evaluation import grounding
 from sim.evaluation.axis_video import Shot, film
 from sim.evaluation.episodes import Setting, configuration, official, run_trial, run_trials
-from sim.evaluation.results import results
 from sim.libero_robot import LiberoRobot
 from sim.policy_actor import PolicyActor, SharedActor
 from sim.rollout import Assignment, run
 from sim.scene import Scene
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+from steer_runtime.results import results
 from steer_runtime.types import ActionChunk, Observation
 
 CHUNK = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -77,3 +78,14 @@ def test_an_axis_of_words_behind_the_last_layer_moves_its_own_word_both_ways(
     assert sign * low < sign * off < sign * high
     if name == "speed":
         assert slow < 0.8 * still < still < 0.95 * fast
+
+
+def test_an_instruction_that_names_no_known_object_is_told(policy: OpenVLAPolicy, start: Observation) -> None:
+    said = {
+        start.instruction: 0.0,
+        "pick up the soup and place it in the basket": 1.0,
+        "do a dance": 1.0,
+        "pick up the milk and place it in the basket, quickly": 0.0,
+    }
+    for instruction, unknown in said.items():
+        assert policy.infer(dataclasses.replace(start, instruction=instruction)).notes["unknown_object"] == unknown

@@ -332,7 +332,7 @@ def test_second_node_does_not_act_and_a_command_from_before_a_restart_is_gone(
             client.wait_verdict(client.publish("slow", 1.0))
             with PolicyProcess(policy_yaml, direction_store, domain=other_domain) as younger:
                 younger_said = driver.wait(
-                    lambda: "this one does not act" in younger.log() or "deactivates itself" in younger.log(), 60.0
+                    lambda: "this one does not act" in younger.log() or "deactivates itself" in younger.log(), 120.0
                 )
                 assert younger_said
                 driver.chunks.clear()

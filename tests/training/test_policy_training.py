@@ -19,7 +19,7 @@ from sim.manner import SLOTS
 from sim.training import trainer
 from sim.training.assembly import PROMPT, go_on, initialise, write_policy
 from sim.training.demonstration_data import DemonstrationData, load_demonstrations, statistics
-from sim.training.distillation import distillation_loss, kept, label_survival, teach
+from sim.training.distillation import distillation_loss, kept, teach
 from sim.training.low_rank import adapt, merge
 from sim.training.policy import Branch, PolicyNet, PolicySubject, action_loss, disturbed, word_loss, word_weights
 from sim.training.settings import Distillation, PolicyTraining
@@ -285,16 +285,6 @@ def test_distillation_draws_the_student_to_the_teacher(data: DemonstrationData, 
             return float(distillation_loss(net.words(teaching.ids), teaching.top, teaching.chance))
 
     assert score(subject.net) < score(PolicyNet(tiny_model(), settings())) - 0.3
-
-
-def test_label_survival_counts_value_vectors_whose_words_stay() -> None:
-    generator = torch.Generator().manual_seed(0)
-    words, before = torch.randn(500, 16, generator=generator), torch.randn(16, 40, generator=generator)
-    after = before.clone()
-    after[:, :10] = torch.randn(16, 10, generator=generator)
-    assert label_survival(before, before, words) == 1.0
-    assert 0.74 <= label_survival(before, after, words) <= 0.8
-    assert label_survival(before, before * 3, words) == 1.0
 
 
 def test_a_dimension_that_hardly_moves_is_not_blown_up(data: DemonstrationData) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from steer_runtime.cli.directions import catalog, labels, making, search
+from steer_runtime.cli.directions import catalog, labels, making, score, search, survey
 
 app = typer.Typer(
     help="Find, name and inspect directions: what a policy's value vectors say, and what to steer with.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-for verbs in (labels, search, making, catalog):
+for verbs in (labels, search, survey, making, catalog, score):
     app.registered_commands += verbs.app.registered_commands
+    app.registered_groups += verbs.app.registered_groups

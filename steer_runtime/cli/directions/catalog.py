@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from steer_runtime.cli.directions.common import (
+    DEFAULT_POLICY,
     DEFAULT_STORE,
+    PolicyOption,
     StoreOption,
+    TowerOption,
+    load,
     new_console,
     new_table,
+    policy_facts,
     printable,
     say,
     show_direction,
+    today,
+    tower_of,
     untrained_suffix,
 )
 from steer_runtime.errors import SteerError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 
@@ -96,3 +101,38 @@ def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
         say(f"axis {joined.name}: {joined.negative} - {joined.positive}")
     if bad:
         raise SteerError("bad_store", f"{len(bad)} of {len(entries)} directions in {store} do not verify, see above")
+
+
+@app.command(
+    "import",
+    epilog="[bold]Example[/]: steer directions import configs/clusters/corl2025_openvla_clusters.yaml "
+    "--made-for openvla --policy openvla-7b",
+)
+def import_file(
+    file: Annotated[Path, typer.Argument(help="YAML of cluster names over flat indices.")],
+    made_for: Annotated[
+        str, typer.Option(help="Model of the flat indices: openvla (32 x 11008), pi0fast (18 x 16384).")
+    ],
+    alpha: Annotated[float | None, typer.Option(help="Activation at strength 1, default 4; pi0-FAST used 10.")] = None,
+    policy: PolicyOption = DEFAULT_POLICY,
+    tower: TowerOption = "lm",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Save every cluster of a published file as a direction of this policy, if its sizes are the right ones."""
+    from steer_runtime.directions import finders
+    from steer_runtime.directions.formats import clusters as clusters_format
+    from steer_runtime.directions.store import DirectionStore
+    from steer_runtime.directions.token_basis import TowerIdentity
+
+    sizes = {"openvla": clusters_format.OPENVLA_SIZE, "pi0fast": clusters_format.PI0_FAST_SIZE}
+    if made_for not in sizes:
+        raise SteerError("bad_option", f"--made-for {made_for[:40]!r} is unknown: expected {' or '.join(sizes)}")
+    loaded = load(policy)
+    identity = TowerIdentity.of(tower_of(loaded, tower), loaded.model_hash)
+    recipe = finders.Recipe(name="", date=today(), alpha=alpha, facts=policy_facts(loaded))
+    found = clusters_format.from_clusters(file, identity, recipe, made_for=sizes[made_for])
+    for direction in found.directions:
+        DirectionStore(store).save(direction)
+        say(f"saved {direction.id}, {len(direction.neurons or ())} neurons{untrained_suffix([direction])}")
+    if found.empty:
+        say(f"without neurons, so not saved: {', '.join(found.empty)}")

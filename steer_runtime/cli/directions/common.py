@@ -161,6 +161,7 @@ def show_direction(direction: Direction) -> None:
         for fact in facts.pop("neurons", [])
         if isinstance(fact, dict)
     }
+    calibrated = direction.calibrated
     console = new_console()
     lines = {
         "hash": direction.hash,
@@ -170,6 +171,8 @@ def show_direction(direction: Direction) -> None:
         "writes": f"{direction.op} on {', '.join(sorted(direction.span))} tokens",
         "max strength": f"{direction.max_strength:g}"
         + ("" if direction.proven else " (not shown safe in simulation yet)"),
+        "calibrated": "never shown in simulation" if calibrated is None else f"{calibrated[0]:g} to {calibrated[1]:g}",
+        "licence": direction.licence,
         **{key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()},
     }
     console.print(Text(direction.id + untrained_suffix([direction]), style="bold"))

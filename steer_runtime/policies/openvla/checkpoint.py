@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,19 @@ from steer_runtime.policies.shards import (
 STATISTICS = "dataset_statistics.json"
 
 
-def load_checkpoint(
-    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> tuple[OpenVLAModel, LoadReport]:
-    """Model of a checkpoint directory, in evaluation mode, without gradients. dtype None keeps the file's.
+@dataclass(frozen=True)
+class Survey:
+    """What a checkpoint directory holds, by its configuration and headers, which agree. dtype: the model's when loaded."""
 
-    Raises SteerError: no_checkpoint, pickle_refused, missing_shard, torn_file, bad_model_config, missing_weights,
-    unexpected_weights, misshaped_weights; with a base file also no_base, other_base.
-    """
+    config: OpenVLAConfig
+    table: list[Entry]
+    stored: Mapping[str, Stored]
+    report: LoadReport
+    dtype: torch.dtype
+
+
+def survey(directory: Path) -> Survey:
+    """Read a checkpoint's configuration and headers, no weights. Raises SteerError as `load_checkpoint`."""
     if not directory.is_dir():
         raise SteerError(
             "no_checkpoint",
@@ -52,8 +58,20 @@ def load_checkpoint(
     stored = read_headers(directory)
     table = entries(config)
     report = _check(table, stored, directory)
+    return Survey(config, table, stored, report, DTYPES[stored[_embedding_key(table)].dtype])
 
-    target_dtype = dtype or DTYPES[stored[_embedding_key(table)].dtype]
+
+def load_checkpoint(
+    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[OpenVLAModel, LoadReport]:
+    """Model of a checkpoint directory, in evaluation mode, without gradients. dtype None keeps the file's.
+
+    Raises SteerError: no_checkpoint, pickle_refused, missing_shard, torn_file, bad_model_config, missing_weights,
+    unexpected_weights, misshaped_weights; with a base file also no_base, other_base.
+    """
+    surveyed = survey(directory)
+    config, table, stored = surveyed.config, surveyed.table, surveyed.stored
+    target_dtype = dtype or surveyed.dtype
     with torch.device("meta"):
         model = OpenVLAModel(config)
     model.to(target_dtype)
@@ -67,7 +85,7 @@ def load_checkpoint(
     _stream(table, stored, parameters)
     if config.base is not None:
         _fill_from_base(config, config.base, parameters)
-    return model.requires_grad_(False).eval(), report
+    return model.requires_grad_(False).eval(), surveyed.report
 
 
 def save_checkpoint(

@@ -6,6 +6,7 @@ Invariant: without a listener and with one, the numbers are the same; the policy
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,12 +22,27 @@ from steer_runtime.policies.openvla.checkpoint import load_checkpoint
 from steer_runtime.policies.openvla.config import OpenVLAConfig
 from steer_runtime.policies.openvla.image import camera_values, libero_image, pixel_values
 from steer_runtime.policies.openvla.model import Decoded, OpenVLAModel
+from steer_runtime.policies.openvla.object_tokens import named
 from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
 from steer_runtime.policies.shards import LoadReport
 from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
 TOWER = "lm"
+_NAMED = 2
+"""Objects that every instruction of a pick-and-place task names: what to take and where to put it."""
+
+
+@dataclass(frozen=True)
+class Considered:
+    """One inference and how it was weighed. mean: float64 [chunk, 7], expected action over the bins in the units of
+    `chunk.space`, its gripper not yet a choice (-1 open to +1 close); entropy: float64 [chunk, 7], nats over the bins of
+    each action token; words: slot name -> expected index of its word."""
+
+    chunk: ActionChunk
+    mean: np.ndarray
+    entropy: np.ndarray
+    words: Mapping[str, float]
 
 
 def prompt_text(config: OpenVLAConfig, instruction: str) -> str:
@@ -68,6 +84,7 @@ class OpenVLAPolicy:
         self.camera = camera
         self.wrist_camera = wrist_camera
         self._gripper = OPEN
+        self._counted = ("", 0)  # an instruction and how many known objects it names
         self.said: tuple[str, ...] = ()
         self.action_space: ActionSpace = LIBERO_ACTION_SPACE
         self.actions = ActionTokenizer(self.config.usable_vocab, self.config.n_bins)
@@ -151,10 +168,31 @@ class OpenVLAPolicy:
         """Actions float32 [chunk, 7] in LIBERO's action space, by one vision pass and `config.forwards` of the language model.
 
         notes: out_of_range_tokens, how many of the tokens were no action tokens (clipped as published); said_<slot>,
-        which of the slot's words was said, counted from 0.
+        which of the slot's words was said, counted from 0; unknown_object, 1 where a policy that knows objects by name was
+        given an instruction that names fewer than two of them (what, and where to): it acts on words it never learnt.
         Raises SteerError: missing_camera, bad_image, bad_instruction, not_finite.
         """
+        return self._chunk(observation, self._decode(observation, all_logits=False))
+
+    @torch.inference_mode()
+    def consider(self, observation: Observation) -> Considered:
+        """`infer`, with how the action tokens and words were weighed. Raises as `infer`."""
         decoded = self._decode(observation, all_logits=False)
+        chunk = self._chunk(observation, decoded)
+        first, usable = self.config.usable_vocab - self.config.n_bins, self.config.usable_vocab
+        bins = decoded.logits if self.config.restrict_to_action_tokens else decoded.logits[:, first:usable]
+        weights = bins.double().softmax(-1)
+        mean = (weights.cpu().numpy() @ self.actions.decode(np.arange(first, usable))).reshape(self.config.chunk, -1)
+        mean = self.statistics.unnormalise(mean)
+        mean[:, 6] = 1.0 - 2.0 * mean[:, 6]  # opening 1 .. 0 to LIBERO's -1 open .. +1 close
+        entropy = torch.special.entr(weights).sum(-1).reshape(self.config.chunk, -1).cpu().numpy()
+        words = {
+            slot.name: float(scores.double().softmax(-1).cpu() @ torch.arange(len(scores), dtype=torch.float64))
+            for slot, scores in zip(self.config.slots, decoded.told, strict=True)
+        }
+        return Considered(chunk, mean, entropy, words)
+
+    def _chunk(self, observation: Observation, decoded: Decoded) -> ActionChunk:
         if not all(bool(torch.isfinite(part).all()) for part in (decoded.logits, *decoded.told)):
             raise SteerError(
                 "not_finite",
@@ -167,12 +205,21 @@ class OpenVLAPolicy:
         notes = {"out_of_range_tokens": float(self.actions.out_of_range(ids))}
         places = [slot.ids.index(word) for slot, word in zip(self.config.slots, decoded.said, strict=True)]
         self.said = tuple(slot.words[at] for slot, at in zip(self.config.slots, places, strict=True))
+        if self.config.names:
+            notes["unknown_object"] = float(self._objects_named(observation.instruction) < _NAMED)
         notes |= {f"said_{slot.name}": float(at) for slot, at in zip(self.config.slots, places, strict=True)}
         return ActionChunk(
             actions=actions.astype(np.float32),
             space=self.action_space,
             notes=notes,
         )
+
+    def decode(self, observation: Observation) -> Decoded:
+        """The inference behind `infer`, differentiable by whatever a hook puts into it; greedy choices are constants.
+
+        Raises SteerError: missing_camera, bad_image, bad_instruction.
+        """
+        return self._decode(observation, all_logits=False)
 
     @torch.inference_mode()
     def logits(self, observation: Observation) -> Tensor:
@@ -227,6 +274,12 @@ class OpenVLAPolicy:
         if self.config.state_tokens == 0:
             return None
         return torch.from_numpy(state_vector(observation.state, self._gripper))[None]
+
+    def _objects_named(self, instruction: str) -> int:
+        if instruction != self._counted[0]:
+            found = named([self.prompt_ids(instruction)], self.config.names)
+            self._counted = (instruction, int(found.any(dim=1).sum()))
+        return self._counted[1]
 
     def _image(self, observation: Observation, camera: str) -> np.ndarray:
         image = observation.images.get(camera)

@@ -224,7 +224,9 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> Pi0Config:
 def emit_config(config: Pi0Config) -> dict[str, Any]:
     """Content of `config.json`: LeRobot's fields, and a section `steer_runtime` for what they cannot say."""
     own = ("vocab", "rope_theta", "bos_token_id", "max_cameras", "trained", "name")
-    parts = {"prefix": config.prefix, "expert": config.expert, "vision": config.vision, "base": config.base}
+    parts = {name: asdict(getattr(config, name)) for name in ("prefix", "expert", "vision")}
+    if config.base is not None:
+        parts["base"] = asdict(config.base)
     return {
         "type": "pi0",
         "chunk_size": config.chunk,
@@ -238,7 +240,7 @@ def emit_config(config: Pi0Config) -> dict[str, Any]:
         "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
         "steer_runtime": {
             **{name: getattr(config, name) for name in own},
-            **{name: asdict(part) for name, part in parts.items() if part is not None},
+            **parts,
         },
     }
 

@@ -43,7 +43,7 @@ class PrefixCache(DynamicCache):
         if not self.kept:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        return torch.cat((layer.keys, key_states), dim=-2), torch.cat((layer.values, value_states), dim=-2)
+        return torch.cat((layer.keys, key_states), dim=-2), torch.cat((layer.values, value_states), dim=-2)  # type: ignore[union-attr, arg-type]
 
 
 @dataclass(frozen=True)

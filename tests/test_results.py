@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sim.evaluation.results import results
 from steer_runtime.errors import SteerError
+from steer_runtime.results import results
 
 CONFIGURATION = {"command": "success", "policy": {"name": "pocket", "sha256": "ab"}, "tasks": (0, 1), "seed": 3}
 

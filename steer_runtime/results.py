@@ -1,7 +1,7 @@
-"""A results file: what was measured with what, then one JSON line a finished episode.
+"""A results file: what was measured with what, then one JSON line a finished piece of work (an episode, a condition).
 
 Invariant: all lines of a file come from one configuration; a run with another one is refused, a run with the same one
-goes on, and an interruption loses at most the running episode.
+goes on, and an interruption loses at most the piece that is running.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The open file. rows: key -> finished episode, in the order of the file."""
+    """The open file. rows: key -> finished piece, in the order of the file."""
 
     def __init__(self, path: Path, rows: dict[str, Row], file: IO[str]) -> None:
         self.path, self.rows, self._file = path, rows, file
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Append one finished episode and bring it to the disk. Raises SteerError('disk_full')."""
+        """Append one finished piece and bring it to the disk. Raises SteerError('disk_full')."""
         line = json.dumps({"key": key, **row}, allow_nan=False)
         try:
             self._file.write(line + "\n")
@@ -36,7 +36,7 @@ class Results:
         except OSError as error:
             raise SteerError(
                 "disk_full",
-                f"{self.path} cannot be written ({error.strerror}); every finished episode is safe: free some space and "
+                f"{self.path} cannot be written ({error.strerror}); everything finished is safe: free some space and "
                 "run the same command again",
             ) from None
         self.rows[key] = json.loads(line)
@@ -44,7 +44,7 @@ class Results:
 
 @contextmanager
 def results(path: Path, configuration: Mapping[str, Any]) -> Iterator[Results]:
-    """Open or begin the results file of a configuration (JSON-able, without how many episodes there shall be).
+    """Open or begin the results file of a configuration (JSON-able, without how much there shall be).
 
     Raises SteerError: 'other_configuration' naming what differs, 'torn_file', 'in_use', 'not_writable'.
     """
@@ -68,7 +68,7 @@ def results(path: Path, configuration: Mapping[str, Any]) -> Iterator[Results]:
 
 
 def _read(path: Path, file: IO[str], wanted: Mapping[str, Any]) -> dict[str, Row] | None:
-    """Finished episodes, None for a new file. A line that broke off is cut away: its episode is run again."""
+    """Finished pieces, None for a new file. A line that broke off is cut away: its piece is run again."""
     file.seek(0)
     try:
         text = file.read()

@@ -1,0 +1,114 @@
+"""`random`: norm-matched controls, drawn from a seed, to hold a direction against.
+
+Source: the random-neuron control of Haon et al. (CoRL 2025, arXiv 2509.00328), here with the size of the write matched.
+Invariant: a control has the direction's form, layers or sites, span and operation, and nothing of what it found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from steer_runtime.directions.direction import Direction, Neurons
+from steer_runtime.directions.finders.material import Material
+from steer_runtime.directions.finders.recipe import Recipe
+from steer_runtime.directions.options import RandomOptions
+from steer_runtime.errors import SteerError
+from steer_runtime.types import Tower
+
+_SALT = 0xC0_47_01
+
+
+def controls(direction: Direction, tower: Tower, count: int, seed: int) -> list[Direction]:
+    """`count` random directions beside `direction`; draw i depends on the seed and i alone, so more leave these as they are.
+
+    dense: v' = ||v|| g / ||g|| at each site, g ~ N(0, I).
+    neurons: in each layer l as many others of its neurons, a' = c_l a in random order, c_l such that ||W_l a'|| = ||W_l a||
+    (W_l: the written columns of down_proj): the summand of `add`, and for `override` the write beside the activations that
+    it replaces. `scale`, `clamp` and `ablate` write by what is there, so their numbers are kept as they are.
+
+    Raises SteerError: 'bad_count', 'other_model' where the direction does not fit the tower.
+    """
+    if count < 0:
+        raise SteerError("bad_count", f"{count} controls were asked for: expected 0 or more")
+    direction.require_fits(tower, direction.model_hash)
+    return [_control(direction, tower, seed, index) for index in range(count)]
+
+
+def find(material: Material, recipe: Recipe, options: RandomOptions) -> Direction:
+    """Draw `draw` of `controls` beside a direction of the store, under the recipe's name.
+
+    Raises SteerError: 'bad_option' for a recipe that says what the direction itself decides, and as `controls`.
+    """
+    if (recipe.op, recipe.alpha, recipe.low, recipe.span) != (None, None, None, None):
+        raise SteerError(
+            "bad_option", f"random control {recipe.name!r} takes op, alpha and span from {options.like!r}: drop them"
+        )
+    like = material.stored(options.like)
+    like.require_fits(material.tower, material.identity.model_hash)
+    drawn = _control(like, material.tower, options.seed, options.draw)
+    return replace(
+        drawn,
+        name=recipe.name,
+        max_strength=recipe.max_strength,
+        provenance={**drawn.provenance, **recipe.facts, "date": recipe.date},
+    )
+
+
+def _control(direction: Direction, tower: Tower, seed: int, index: int) -> Direction:
+    rng = np.random.default_rng([seed, _SALT, index])
+    return replace(
+        direction,
+        name=f"random-{direction.hash[:12]}-{index}",
+        neurons=None if direction.neurons is None else _neurons(direction, direction.neurons, tower, rng),
+        dense=None
+        if direction.dense is None
+        else {site: _gaussian(direction.dense[site], rng) for site in sorted(direction.dense)},
+        proven=False,
+        provenance={
+            **{k: v for k, v in direction.provenance.items() if k in ("policy", "policy_trained", "date", "versions")},
+            "finder": "random",
+            "control_of": direction.id,
+            "seed": seed,
+            "draw": index,
+        },
+    )
+
+
+def _gaussian(vector: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    drawn = rng.standard_normal(len(vector))
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    return (drawn * (norm / float(np.linalg.norm(drawn)))).astype(np.float32)
+
+
+def _neurons(direction: Direction, found: Neurons, tower: Tower, rng: np.random.Generator) -> Neurons:
+    layers, neurons, alphas, lows = [], [], [], []
+    for layer in np.unique(found.layer):
+        mine = np.flatnonzero(found.layer == layer)
+        others = np.setdiff1d(np.arange(tower.d_ff), found.neuron[mine])
+        # A direction of more than half of a layer leaves too few others: then any neuron may be drawn.
+        pool = others if len(others) >= len(mine) else np.arange(tower.d_ff)
+        drawn = rng.choice(pool, len(mine), replace=False)
+        order = rng.permutation(len(mine))
+        alpha = found.alpha[mine][order].astype(np.float64)
+        if direction.op in ("override", "add"):
+            wanted = write_norm(tower, int(layer), found.neuron[mine], found.alpha[mine])
+            size = write_norm(tower, int(layer), drawn, alpha)
+            alpha = alpha * (wanted / size) if size > 0 else alpha * 0.0
+        layers.append(np.full(len(mine), layer, np.int32))
+        neurons.append(drawn.astype(np.int32))
+        alphas.append(alpha.astype(np.float32))
+        if found.low is not None:
+            lows.append(found.low[mine][order])
+    return Neurons(
+        np.concatenate(layers), np.concatenate(neurons), np.concatenate(alphas), np.concatenate(lows) if lows else None
+    )
+
+
+def write_norm(tower: Tower, layer: int, neurons: np.ndarray, alphas: np.ndarray) -> float:
+    """||sum_j alpha_j w_j|| over value vectors j of one layer: the norm of what they write into the residual stream."""
+    weight: torch.Tensor = tower.down_projs[layer].weight  # type: ignore[attr-defined]
+    columns = weight.detach()[:, torch.from_numpy(np.asarray(neurons, np.int64))].to("cpu", torch.float64)
+    return float((columns @ torch.from_numpy(np.asarray(alphas, np.float64))).norm())

@@ -1,0 +1,71 @@
+"""Random controls: the same form, place and size as a direction, and nothing else of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from steer_runtime.directions.direction import Direction, Neurons
+from steer_runtime.directions.finders import controls
+from steer_runtime.directions.finders.random import write_norm
+from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+
+
+def made(policy: OpenVLAPolicy, **form: object) -> Direction:
+    tower = policy.towers["lm"]
+    return Direction("up", "lm", policy.model_hash, tower.layers, tower.d_model, tower.d_ff, **form)  # type: ignore[arg-type]
+
+
+def neurons(low: bool = False) -> Neurons:
+    return Neurons(
+        np.array([0, 2, 0, 2, 2], np.int32),
+        np.array([3, 5, 7, 9, 11], np.int32),
+        np.array([4.0, -2.0, 1.0, 3.0, 0.5], np.float32),
+        np.array([-9.0, -8.0, -7.0, -6.0, -5.0], np.float32) if low else None,
+    )
+
+
+@pytest.mark.parametrize("op", ["override", "add"])
+def test_random_neurons_write_as_much_in_each_layer(tiny_policy: OpenVLAPolicy, op: str) -> None:
+    tower = tiny_policy.towers["lm"]
+    direction = made(tiny_policy, neurons=neurons(), op=op, span=frozenset({"text"}))
+    found = controls(direction, tower, 5, seed=3)
+    assert len({c.hash for c in found}) == len({c.name for c in found}) == 5
+    for control in found:
+        assert (control.op, control.span, control.model_hash) == (op, {"text"}, direction.model_hash)
+        assert control.neurons is not None
+        for layer, count in ((0, 2), (2, 3)):
+            at = control.neurons.layer == layer
+            assert at.sum() == count
+            assert not set(control.neurons.neuron[at]) & set(neurons().neuron[neurons().layer == layer])
+            size = write_norm(tower, layer, control.neurons.neuron[at], control.neurons.alpha[at])
+            before = neurons().layer == layer
+            wanted = write_norm(tower, layer, neurons().neuron[before], neurons().alpha[before])
+            assert size == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_writes_by_the_activation_keeps_its_numbers(tiny_policy: OpenVLAPolicy) -> None:
+    (control,) = controls(made(tiny_policy, neurons=neurons(low=True), op="clamp"), tiny_policy.towers["lm"], 1, seed=0)
+    assert control.neurons is not None
+    assert control.neurons.low is not None
+    pairs = set(zip(control.neurons.low.tolist(), control.neurons.alpha.tolist(), strict=True))
+    assert pairs == {(-9.0, 4.0), (-8.0, -2.0), (-7.0, 1.0), (-6.0, 3.0), (-5.0, 0.5)}
+
+
+def test_random_vectors_have_the_norm_of_each_site(tiny_policy: OpenVLAPolicy) -> None:
+    width = tiny_policy.towers["lm"].d_model
+    dense = {0: np.ones(width, np.float32), 3: np.full(width, 5.0, np.float32)}
+    direction = made(tiny_policy, dense=dense, op="add")
+    for control in controls(direction, tiny_policy.towers["lm"], 3, seed=1):
+        assert control.dense is not None
+        for site, vector in dense.items():
+            assert np.linalg.norm(control.dense[site]) == pytest.approx(np.linalg.norm(vector), rel=1e-5)
+            cosine = control.dense[site] @ vector / np.linalg.norm(vector) ** 2
+            assert abs(cosine) < 0.9
+
+
+def test_a_seed_decides_the_draws_and_more_draws_leave_them(tiny_policy: OpenVLAPolicy) -> None:
+    direction, tower = made(tiny_policy, neurons=neurons()), tiny_policy.towers["lm"]
+    three = [c.hash for c in controls(direction, tower, 3, seed=1)]
+    assert [c.hash for c in controls(direction, tower, 5, seed=1)][:3] == three
+    assert not set(three) & {c.hash for c in controls(direction, tower, 3, seed=2)}
