@@ -155,6 +155,18 @@ def _load(
     )
 
 
+def require_openvla(policy: LoadedPolicy, what: str) -> OpenVLAPolicy:
+    """The same policy, refused when it is another kind: `what` reads action tokens or words that only OpenVLA has.
+
+    Raises SteerError('other_policy').
+    """
+    if isinstance(policy, OpenVLAPolicy):
+        return policy
+    raise SteerError(
+        "other_policy", f"{what} needs a policy of kind openvla and {policy.name!r} is a Pi0; choose another policy"
+    )
+
+
 def read_policy_file(path: Path) -> PolicyFile:
     """Checked content of a policy YAML. Raises SteerError('bad_policy_config')."""
     try:
