@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fabricate
 import numpy as np
 import torch
 
+from steer_runtime.directions.direction import Direction, Neurons, Operation
 from steer_runtime.policies.pi0.checkpoint import save_checkpoint
 from steer_runtime.policies.pi0.config import GemmaSize, Pi0Config, SiglipSize
 from steer_runtime.policies.pi0.network import Pi0Network
 from steer_runtime.policies.pi0.policy import Pi0Policy
 from steer_runtime.policies.pi0.statistics import Normal, Pi0Statistics
-from steer_runtime.types import Observation
+from steer_runtime.types import ALL_ROLES, Observation, Role
 
 NORM_STATS = {
     "norm_stats": {
@@ -102,3 +103,56 @@ def make_observation(
     }
     state = np.array([0.3, -0.2, 0.5, 3.1, 0.1, 0.0, 0.04, -0.04])
     return Observation(images, state, instruction, stamp_ns=1_000_000 * (frame_id + 1), frame_id=frame_id)
+
+
+def neuron_direction(
+    policy: Pi0Policy,
+    tower: str,
+    neurons: Sequence[tuple[int, int]] = ((0, 3), (1, 5), (1, 9)),
+    alpha: float = 4.0,
+    *,
+    name: str = "up",
+    op: Operation = "override",
+    span: frozenset[Role] = ALL_ROLES,
+) -> Direction:
+    """Neurons of one tower, all at one alpha."""
+    of = policy.towers[tower]
+    return Direction(
+        name=name,
+        tower=tower,
+        model_hash=policy.model_hash,
+        layers=of.layers,
+        d_model=of.d_model,
+        d_ff=of.d_ff,
+        op=op,
+        span=span,
+        neurons=Neurons(
+            np.array([layer for layer, _ in neurons], np.int32),
+            np.array([neuron for _, neuron in neurons], np.int32),
+            np.full(len(neurons), alpha, np.float32),
+        ),
+    )
+
+
+def dense_direction(
+    policy: Pi0Policy,
+    tower: str,
+    sites: Sequence[int] = (0, 2),
+    *,
+    name: str = "drift",
+    span: frozenset[Role] = ALL_ROLES,
+) -> Direction:
+    """A random vector at each of the residual sites of one tower."""
+    of = policy.towers[tower]
+    rng = np.random.default_rng(0)
+    return Direction(
+        name=name,
+        tower=tower,
+        model_hash=policy.model_hash,
+        layers=of.layers,
+        d_model=of.d_model,
+        d_ff=of.d_ff,
+        op="add",
+        span=span,
+        dense={site: rng.normal(size=of.d_model).astype(np.float32) for site in sites},
+    )
