@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import torch
 import yaml
@@ -17,13 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
-from steer_runtime.policies.pi0.pocket import PocketPi0Spec, build_pocket_pi0
-from steer_runtime.policies.pi0.policy import Pi0Policy
+from steer_runtime.policies.pi0.pocket_spec import PocketPi0Spec
 from steer_runtime.policies.pocket import PocketSpec, build_pocket
+
+if TYPE_CHECKING:  # its classes take a second to import, which every other policy would pay for
+    from steer_runtime.policies.pi0.policy import Pi0Policy
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 PolicyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-LoadedPolicy: TypeAlias = OpenVLAPolicy | Pi0Policy
+LoadedPolicy: TypeAlias = "OpenVLAPolicy | Pi0Policy"
 
 
 class OpenVLAFile(BaseModel):
@@ -126,6 +128,8 @@ def _build(spec: PolicyFile, directory: Path) -> None:
     if isinstance(spec, OpenVLAFile):
         build_pocket(directory, **spec.build.model_dump())
     else:
+        from steer_runtime.policies.pi0.pocket import build_pocket_pi0
+
         build_pocket_pi0(directory, **spec.build.model_dump())
 
 
@@ -136,6 +140,8 @@ def _load(
         return OpenVLAPolicy.from_checkpoint(
             directory, spec.suite, name=spec.name, camera=spec.camera, dtype=dtype, device=device
         )
+
+    from steer_runtime.policies.pi0.policy import Pi0Policy
 
     def beside(file: Path | None) -> Path | None:
         return None if file is None else (path.parent / file.expanduser()).resolve()

@@ -13,7 +13,8 @@ from torch import nn
 
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.pi0 import pocket
-from steer_runtime.policies.pi0.pocket import PocketPi0Spec, assemble, build_pocket_pi0
+from steer_runtime.policies.pi0.pocket import assemble, build_pocket_pi0
+from steer_runtime.policies.pi0.pocket_spec import PocketPi0Spec
 from steer_runtime.policies.pi0.policy import Pi0Policy
 
 LAYERS = (2, 15, 28)
