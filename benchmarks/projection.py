@@ -5,7 +5,8 @@
     python benchmarks/projection.py --dtype bfloat16
 
 The two run in turn in one process, so that what else the machine does hits both; the figure is the median of the paired
-ratios. Target: at most 1.15. Prints a table and one line of JSON.
+ratios. `projection_full` has the published sizes.
+Target: at most 1.15. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,19 +24,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steer_runtime.directions.token_basis import BLOCK, TOP_K, TokenBasis
+from steer_runtime.directions.projection import BLOCKS, TOP_K, Blocks
+from steer_runtime.directions.token_basis import TokenBasis
 from steer_runtime.errors import SteerError
 from steer_runtime.policies import load_policy
 
 TARGET = 1.15
 
 
-def floor(weights: list[torch.Tensor], embedding: torch.Tensor, block: int) -> None:
-    """What any implementation must at least do, with weights already in float32 and no result kept."""
+def floor(weights: list[torch.Tensor], embedding: torch.Tensor, blocks: Blocks) -> None:
+    """What any implementation must at least do for both ends, with weights ready in float32 and no result kept."""
     with torch.no_grad():
         for weight in weights:
-            for start in range(0, weight.shape[1], block):
-                (weight[:, start : start + block].T @ embedding.T).topk(TOP_K, dim=1)
+            for first in range(0, len(embedding), blocks.tokens):
+                rows = embedding[first : first + blocks.tokens].T
+                for start in range(0, weight.shape[1], blocks.neurons):
+                    scores = weight[:, start : start + blocks.neurons].T @ rows
+                    scores.topk(TOP_K, dim=1)
+                    scores.topk(TOP_K, dim=1, largest=False)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -49,11 +55,13 @@ def main(
     dtype: Annotated[str, typer.Option(help="Stored precision of the weights: float32 or bfloat16.")] = "float32",
     layers: Annotated[int, typer.Option(min=1, help="Layers, from the last.")] = 4,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
-    block: Annotated[int, typer.Option(min=1, help="Value vectors in one multiplication, for both.")] = BLOCK,
+    neurons: Annotated[int, typer.Option(min=1, help="Value vectors of one product, for both.")] = BLOCKS.neurons,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one product, for both.")] = BLOCKS.tokens,
     quick: Annotated[bool, typer.Option("--quick", help="One layer, three repeats.")] = False,
 ) -> None:
     if quick:
         layers, repeats = 1, 3
+    blocks = Blocks(neurons, tokens)
     loaded = load_policy(policy, dtype=getattr(torch, dtype))
     tower = loaded.towers["lm"]
     chosen = list(range(max(0, tower.layers - layers), tower.layers))
@@ -62,10 +70,10 @@ def main(
     embedding = basis.unembedding.float()
 
     def ours() -> None:
-        basis.project(tower, loaded.model_hash, layers=chosen, block=block)
+        basis.project(tower, loaded.model_hash, layers=chosen, blocks=blocks)
 
     def bare() -> None:
-        floor(weights, embedding, block)
+        floor(weights, embedding, blocks)
 
     for work in (bare, ours):  # the first pass pays for threads and pages
         work()
@@ -85,7 +93,7 @@ def main(
         "d_model": tower.d_model,
         "vocab": basis.vocab,
         "top_k": TOP_K,
-        "block": block,
+        "blocks": [neurons, tokens],
         "repeats": repeats,
         "floor_s": round(statistics.median(b for b, _ in times), 4),
         "project_s": round(statistics.median(o for _, o in times), 4),
@@ -100,7 +108,10 @@ def main(
     table = Table(title=f"{vectors} value vectors of {loaded.name}{note} x {basis.vocab} tokens, {dtype}")
     for column in ("work", "median s", "vectors/s", "ratio to floor"):
         table.add_column(column, justify="left" if column == "work" else "right")
-    for name, key, ratio in (("bare matmul + top-k", "floor_s", "1"), ("TokenBasis.project", "project_s", "")):
+    for name, key, ratio in (
+        ("bare product + top-k, both ends", "floor_s", "1"),
+        ("TokenBasis.project", "project_s", ""),
+    ):
         spread = f"{result['ratio']} ({ratios[0]:.3f} - {ratios[-1]:.3f})"
         table.add_row(name, str(result[key]), f"{vectors / float(str(result[key])):.0f}", ratio or spread)
     Console().print(table)

@@ -123,7 +123,7 @@ def _names(documents: list[list[list[str]]]) -> list[str]:
         common = [word for word in dict.fromkeys(joined[i]) if 2 * held[word] >= len(labels)] or joined[i]
         best = sorted(common, key=lambda word: -row[column[word]])  # stable: the earlier in a label, the better
         # A word that people read makes a better name than punctuation, where there is one.
-        readable = [word for word in best if len(word) > 1 and word.isalpha()]
+        readable = [word for word in best if len(word) > 1 and word.isalnum() and not word.isdigit()]
         names.append(", ".join(dict.fromkeys((readable or best)[:_NAME_WORDS])))
     return names
 

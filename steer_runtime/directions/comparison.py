@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer_runtime.directions.shares import action_share
 from steer_runtime.directions.token_basis import TOP_K, Labels
 from steer_runtime.errors import SteerError
 
@@ -43,7 +44,8 @@ def label_survival(before: Tensor, after: Tensor, embedding: Tensor, top: int = 
 @dataclass(frozen=True)
 class LayerComparison:
     """One pair of layers. kept: value vectors that share half of their label or more; unchanged: that share all of it;
-    lost: that share none."""
+    lost: that share none; became_action: half of whose label or more is action tokens after, and was not before (Haon et
+    al. 2025, arXiv 2509.00328, count what fine-tuning rewired for actions)."""
 
     before: int
     after: int
@@ -51,6 +53,7 @@ class LayerComparison:
     kept: int
     unchanged: int
     lost: int
+    became_action: int
 
     @property
     def share(self) -> float:
@@ -93,6 +96,7 @@ def compare(before: Labels, after: Labels, *, top: int = 20) -> Comparison:
     rows = tuple(zip(before.layers, after.layers, strict=True))
     shared = shared_tokens(before.tokens, after.tokens)
     k = before.tokens.shape[-1]
+    became = (action_share(after) >= 0.5) & (action_share(before) < 0.5)
     layers = tuple(
         LayerComparison(
             before=old,
@@ -101,6 +105,7 @@ def compare(before: Labels, after: Labels, *, top: int = 20) -> Comparison:
             kept=int((2 * shared[row] >= k).sum()),
             unchanged=int((shared[row] == k).sum()),
             lost=int((shared[row] == 0).sum()),
+            became_action=int(became[row].sum()),
         )
         for row, (old, new) in enumerate(rows)
     )

@@ -5,12 +5,12 @@ Invariant: an answer names value vectors by (layer, neuron) and shows the label 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.stats import beta
 
 from steer_runtime.directions.similarity import WordSpace
 from steer_runtime.directions.token_basis import Labels, TokenBasis
@@ -58,17 +58,33 @@ def search(labels: Labels, words: Sequence[str], *, against: Sequence[str] = ())
     ]
 
 
+def negated(labels: Labels) -> Labels | None:
+    """The labels of -w for every value vector w: what it says with an activation below zero. None without low ends."""
+    if labels.low_tokens is None or labels.low_scores is None:
+        return None
+    return replace(
+        labels,
+        tokens=labels.low_tokens,
+        scores=-labels.low_scores,
+        low_tokens=labels.tokens,
+        low_scores=-labels.scores,
+    )
+
+
 @dataclass(frozen=True)
 class Neighbour:
-    """A value vector like some words. cosine in [-1, 1]; projection: in units of the residual stream, contrast only;
-    matches: tokens of the label that are the words asked for by name."""
+    """A value vector like some words. sign: -1 when its low end is, so that an activation below zero says them;
+    cosine in [-1, 1]; projection: in units of the residual stream, contrast only; matches: tokens of that end that are
+    the words asked for by name; label: that end; other: the other end, empty where labels have none."""
 
     layer: int
     neuron: int
+    sign: int
     cosine: float
     projection: float | None
     matches: int
     label: tuple[str, ...]
+    other: tuple[str, ...]
 
 
 def near(
@@ -83,14 +99,19 @@ def near(
     """The `top` value vectors whose labels are nearest in meaning to `words`; those that say one of `says` come first.
 
     cosine of l and q, both of length 1 in `space`: l is the mean of u(t) over the label's tokens, q the mean over the
-    words of the mean of u(t) over each word's tokens. Labels that hold one of `against` are left out.
-    Raises SteerError('unknown_word').
+    words of the mean of u(t) over each word's tokens. Each end of a label stands for itself; an end that holds one of
+    `against` is left out. Raises SteerError('unknown_word').
     """
-    cosines = np.stack([space.nearness(rows, space.words(words)) for rows in labels.tokens])
-    says_it, allowed = _says(labels, says, against)
+    query = space.words(words)
+    ends = [(sign, end) for sign, end in ((1, labels), (-1, negated(labels))) if end is not None]
+    cosines = np.stack([[space.nearness(rows, query) for rows in end.tokens] for _, end in ends])
+    said = [_says(end, says, against) for _, end in ends]
+    says_it, allowed = np.stack([hits for hits, _ in said]), np.stack([free for _, free in said])
     return [
-        _neighbour(labels, row, neuron, float(cosines[row, neuron]), None, int(says_it[row, neuron]))
-        for row, neuron in _best(cosines, says_it, allowed, top)
+        _neighbour(
+            ends[i][1], row, neuron, ends[i][0], float(cosines[i, row, neuron]), None, int(says_it[i, row, neuron])
+        )
+        for i, row, neuron in _best(cosines, says_it, allowed, top)
     ]
 
 
@@ -98,8 +119,8 @@ def near(
 class Contrast:
     """Both ends of a contrast, largest projection first.
 
-    chance: about the largest cosine that as many random vectors of this width would reach, sqrt(2 ln N / d_model):
-    what lies below it is not told from chance.
+    chance: the largest cosine that as many random vectors of this width reach, in the median: the 0.5^(1/N) quantile of
+    2 B - 1 with B of the beta distribution of (d_model - 1) / 2 twice. What lies below it is not told from chance.
     """
 
     plus: tuple[Neighbour, ...]
@@ -147,6 +168,7 @@ def contrast(
                 labels,
                 row,
                 neuron,
+                1,
                 float(cosines[row, neuron]),
                 float(projections[row, neuron]),
                 int(says_it[row, neuron]),
@@ -154,7 +176,8 @@ def contrast(
             for row, neuron in _best(sign * projections, says_it, pick, top)
         )
 
-    chance = math.sqrt(2 * math.log(max(projections.size, 2)) / len(direction))
+    half = (len(direction) - 1) / 2
+    chance = 2 * float(beta.ppf(0.5 ** (1 / projections.size), half, half)) - 1
     return Contrast(ends(1), ends(-1), chance)
 
 
@@ -165,17 +188,19 @@ def _says(labels: Labels, says: Sequence[str], against: Sequence[str]) -> tuple[
     return hits, np.logical_not(mixed)
 
 
-def _best(scores: np.ndarray, says: np.ndarray, allowed: np.ndarray, top: int) -> list[tuple[int, int]]:
-    rows, neurons = np.nonzero(allowed)
-    order = np.lexsort((neurons, rows, -scores[rows, neurons], says[rows, neurons] == 0))[:top]
-    return [(int(rows[i]), int(neurons[i])) for i in order]
+def _best(scores: np.ndarray, says: np.ndarray, allowed: np.ndarray, top: int) -> list[tuple[int, ...]]:
+    """Places of the largest scores, those that say a word first; equal ones in the order of their places."""
+    places = np.nonzero(allowed)
+    order = np.lexsort((*places[::-1], -scores[places], says[places] == 0))[:top]
+    return [tuple(int(place[i]) for place in places) for i in order]
 
 
 def _neighbour(
-    labels: Labels, row: int, neuron: int, cosine: float, projection: float | None, matches: int
+    labels: Labels, row: int, neuron: int, sign: int, cosine: float, projection: float | None, matches: int
 ) -> Neighbour:
     layer = labels.layers[row]
-    return Neighbour(layer, neuron, cosine, projection, matches, tuple(labels.text(layer, neuron)))
+    other = () if labels.low_tokens is None else tuple(labels.low_text(layer, neuron))
+    return Neighbour(layer, neuron, sign, cosine, projection, matches, tuple(labels.text(layer, neuron)), other)
 
 
 def _mean_embedding(basis: TokenBasis, words: Sequence[str]) -> torch.Tensor:

@@ -125,7 +125,7 @@ class ActionOptions(Signed):
 class ContrastOptions(OnMoments):
     """Difference of mean activations, over pairs of prompts or over moments above and below the median."""
 
-    positive: tuple[str, ...] = Field((), description="Wordings with {} for the instruction, such as '{}; quickly'.")
+    positive: tuple[str, ...] = Field((), description="Wordings, {} standing for the instruction, with | between them.")
     negative: tuple[str, ...] = Field((), description="The opposite wordings, as many.")
     quantity: str = Field("", description="Instead of wordings: a measured quantity, or said_ and a slot.")
     by: Literal["moment", "episode"] = Field("moment", description="Quantity: median of moments or of episode means.")

@@ -107,7 +107,7 @@ def _point(point: Point) -> dict[str, Any]:
 
 
 def _effect(effect: Effect) -> dict[str, Any]:
-    plain = ("value", "low", "high", "standardised", "z", "beaten", "mean", "spread")
+    plain = ("value", "low", "high", "standardised", "z", "beaten", "moved", "mean", "spread")
     return {
         **{name: _short(getattr(effect, name)) for name in plain},
         "controls": [_short(c) for c in effect.controls],
@@ -116,7 +116,7 @@ def _effect(effect: Effect) -> dict[str, Any]:
 
 def _short(value: Any) -> Any:
     """Six digits are more than twenty moments can tell, and half the bytes."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.6g}") + 0.0 if isinstance(value, float) else value  # + 0.0: no negative zero
 
 
 def contents(direction: Direction, tower: Tower, basis: TokenBasis) -> dict[str, Any]:

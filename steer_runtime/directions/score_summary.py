@@ -4,7 +4,7 @@ Rules, the same for directions and their random controls:
 
     effect e_o      mean over moments of observable o steered minus unsteered; 95 % interval: bootstrap of whole episodes
     z_o             (e_o - mean of the controls' e_o) / standard deviation of the controls' e_o, at the same strength;
-                    none where no control moved
+                    none where no control moved: where that deviation is below a tenth of o's resolution
     scale s_o       standard deviation of o over the unsteered moments, at least its resolution
     on-axis         sign * e_on / s_on, on the observable that the direction claims
     damage          sqrt(mean over off-axis observables o, of mean over moments, of ((o steered - o unsteered) / s_o)^2):
@@ -36,7 +36,8 @@ DAMAGE_FLOOR = 0.05
 """In standard deviations: below it a direction does next to nothing off its axis, and dividing by less would praise noise."""
 POOLED = "random controls"
 """How the controls of an axis are called among the finders."""
-_TOLERANCE = 1e-9
+_STILL = 0.1
+"""Of an observable's resolution: what changes less has not moved."""
 
 Row = Mapping[str, Any]
 
@@ -46,7 +47,8 @@ class Effect:
     """One observable at one strength, in its own unit. low, high: 95 % interval, None for moments of one episode.
 
     standardised: value / scale. controls: effects of the random controls. z: None where no control moved, or there are
-    fewer than two. beaten: share of controls whose effect is smaller in size.
+    fewer than two. beaten: share of controls whose effect is smaller in size. moved: controls with an effect above a tenth of
+    the observable's resolution.
     """
 
     value: float
@@ -56,6 +58,7 @@ class Effect:
     controls: tuple[float, ...]
     z: float | None
     beaten: float | None
+    moved: int
 
     @property
     def mean(self) -> float | None:
@@ -95,7 +98,7 @@ class Point:
 @dataclass(frozen=True)
 class Score:
     """What one direction does. best: index of the point of the largest ratio. monotone: no strength undoes what a smaller
-    one did on the axis. controls_ratio: best ratio of each control. notes: what should be known, in sentences."""
+    one did on the axis, as far as the observable's resolution tells. controls_ratio: best ratio of each control. notes: what should be known, in sentences."""
 
     direction: Direction
     claim: Claim | None
@@ -265,7 +268,7 @@ def _score(sheet: _Sheet, plan: Plan, direction: Direction, claim: Claim | None,
     if points and not any(p.writes for p in points):
         span = ", ".join(sorted(direction.span))
         notes.append(f"it wrote nothing: the policy has no tokens in the span ({span}), or the strength was 0")
-    if points and controls and not any(e.spread for p in points for e in p.effects.values()):
+    if points and controls and not any(e.moved for p in points for e in p.effects.values()):
         notes.append("no control moved anything, so there are no z-scores")
     if direction.max_strength < 1 and points and points[-1].strength > direction.max_strength:
         notes.append(f"strengths above its max_strength {direction.max_strength:g} are measured, not allowed live")
@@ -275,7 +278,8 @@ def _score(sheet: _Sheet, plan: Plan, direction: Direction, claim: Claim | None,
     curve = [0.0, *(p.on for p in points if p.on is not None and p.strength > 0)]
     monotone = None
     if claim is not None and len(curve) > 1:
-        monotone = curve[-1] > _TOLERANCE and all(b >= a - _TOLERANCE for a, b in pairwise(curve))
+        least = _STILL * observable(claim.observable).resolution / sheet.scale[claim.observable]
+        monotone = curve[-1] > least and all(b >= a - least for a, b in pairwise(curve))
     tried = [p for p in points if p.strength > 0 and p.controls_on]
     count = min((len(p.controls_on) for p in tried), default=0)
     own = [max(_ratio(p.controls_on[i], p.controls_damage[i]) for p in tried) for i in range(count)]
@@ -297,7 +301,7 @@ def _point(sheet: _Sheet, strength: float, row: Row, controls: Sequence[Row], cl
     if claim is None:
         return Point(**facts)
     effect, scale = effects[claim.observable], sheet.scale[claim.observable]
-    on = claim.sign * effect.standardised
+    on = claim.sign * effect.standardised + 0.0  # no negative zero
     on_controls = tuple(claim.sign * c / scale for c in effect.controls)
     damage = sheet.damage(mine, claim.observable)
     return Point(
@@ -319,10 +323,13 @@ def _effect(
     low, high = sheet.interval(mine[name])
     controls = tuple(float(np.nanmean(d[name])) for d in theirs)
     spread = float(np.std(controls, ddof=1)) if len(controls) > 1 else 0.0
-    # Controls that all do the same, up to rounding, have no spread to measure by.
-    z = (value - float(np.mean(controls))) / spread if spread > _TOLERANCE else None
+    # Where next to no control moves (a policy that acts by the words it says), their deviation is no measure.
+    least = _STILL * observable(name).resolution
+    z = (value - float(np.mean(controls))) / spread if spread > least else None
     beaten = float(np.mean([abs(c) < abs(value) for c in controls])) if controls else None
-    return Effect(value, low, high, value / sheet.scale[name], controls, z, beaten)
+    return Effect(
+        value, low, high, value / sheet.scale[name], controls, z, beaten, sum(abs(c) > least for c in controls)
+    )
 
 
 def _ratio(on: float, damage: float) -> float:

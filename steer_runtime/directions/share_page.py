@@ -16,10 +16,11 @@ from steer_runtime.directions.shares import BY_CHANCE, LayerShare
 from steer_runtime.directions.token_basis import Labels
 from steer_runtime.errors import SteerError
 
+_TOKENS, _LONGEST = 6, 24  # of a label, and letters of a token, that the page shows
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1080px;padding:0 1rem;color:#1b1f24}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
-th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-top:1px solid #d0d7de}
-td.n{white-space:nowrap;font-variant-numeric:tabular-nums}code{font-size:.85em;color:#57606a}"""
+th,td{text-align:left;overflow-wrap:anywhere;vertical-align:top;padding:.35rem .6rem;border-top:1px solid #d0d7de}
+td.n{width:4rem;white-space:nowrap;font-variant-numeric:tabular-nums}code{font-size:.85em;color:#57606a}"""
 
 
 def require_plotly(out: Path) -> None:
@@ -37,7 +38,9 @@ def write_share_page(out: Path, title: str, labels: Labels, shares: Sequence[Lay
     require_plotly(out)
     chart = _figure(shares).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
     k = labels.tokens.shape[-1]
-    rows = "".join(_row(labels, share) for share in shares)
+    actions = any(share.action_examples for share in shares)
+    heading = "<th>action labels</th>" if actions else ""
+    rows = "".join(_row(labels, share, actions) for share in shares)
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>
 {chart}
@@ -45,7 +48,7 @@ def write_share_page(out: Path, title: str, labels: Labels, shares: Sequence[Lay
 {1 - BY_CHANCE:.0%} of random directions: mean pairwise cosine of their embeddings, without what all embeddings share,
 above {threshold:.3f}. So {BY_CHANCE:.0%} is chance (dashed). It is an <b>action</b> vector when at least half of those
 tokens are action tokens.</p>
-<h2>What they say</h2><table><tr><th>layer</th><th>most coherent labels</th><th>action labels</th></tr>{rows}</table>
+<h2>What they say</h2><table><tr><th>layer</th><th>most coherent labels</th>{heading}</tr>{rows}</table>
 </body></html>"""
     try:
         write_atomically(out, page.encode())
@@ -69,10 +72,12 @@ def _figure(shares: Sequence[LayerShare]) -> Any:
             marker_color=colour,
             customdata=list(zip(counts, [s.vectors for s in shares], strict=True)),
             hovertemplate="layer %{x}: %{customdata[0]} of %{customdata[1]} " + name + " (%{y:.1%})<extra></extra>",
-            text=[f"{value:.1%}" for value in values] if len(shares) <= 12 else None,
+            text=[f"{value:.1%}" if value else "" for value in values] if len(shares) <= 12 else None,
             textposition="outside",
         )
-    figure.add_hline(y=BY_CHANCE, line_dash="dash", line_color="#57606a", annotation_text="chance")
+    figure.add_hline(
+        y=BY_CHANCE, line_dash="dash", line_color="#57606a", annotation_text="chance", annotation_position="top left"
+    )
     figure.update_layout(
         barmode="group",
         template="plotly_white",
@@ -85,14 +90,19 @@ def _figure(shares: Sequence[LayerShare]) -> Any:
     return figure
 
 
-def _row(labels: Labels, share: LayerShare) -> str:
+def _row(labels: Labels, share: LayerShare, actions: bool) -> str:
     def said(neurons: Sequence[int]) -> str:
         lines = (
-            f"<code>{share.layer}:{neuron}</code> {escape(' · '.join(t.strip() or repr(t) for t in text[:5]))}"
+            f"<code>{share.layer}:{neuron}</code> {escape(' · '.join(map(_shown, text[:_TOKENS])))}"
             for neuron in neurons
             for text in [labels.text(share.layer, neuron)]
         )
         return "<br>".join(lines)
 
-    head = f'<td class="n">{share.layer}</td>'
-    return f"<tr>{head}<td>{said(share.examples)}</td><td>{said(share.action_examples)}</td></tr>"
+    second = f"<td>{said(share.action_examples)}</td>" if actions else ""
+    return f'<tr><td class="n">{share.layer}</td><td>{said(share.examples)}</td>{second}</tr>'
+
+
+def _shown(token: str) -> str:
+    text = token.strip() or repr(token)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

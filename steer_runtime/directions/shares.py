@@ -40,7 +40,7 @@ class LayerShare:
         return self.action / self.vectors
 
 
-def is_action(labels: Labels) -> np.ndarray:
+def action_share(labels: Labels) -> np.ndarray:
     """Share of action tokens in each label: float [layers, d_ff] (Haon et al. 2025, arXiv 2509.00328, count these)."""
     return np.isin(labels.tokens, list(labels.basis.action_values)).mean(axis=-1)
 
@@ -49,12 +49,12 @@ def is_semantic(labels: Labels, space: WordSpace, threshold: float) -> np.ndarra
     """Labels that are no action and whose coherence exceeds `threshold` (`WordSpace.coherence_by_chance`):
     bool [layers, d_ff]."""
     coherent = np.stack([space.coherence(rows) > threshold for rows in labels.tokens])
-    return coherent & (is_action(labels) < 0.5)
+    return coherent & (action_share(labels) < 0.5)
 
 
 def shares(labels: Labels, space: WordSpace, threshold: float, *, examples: int = 8) -> list[LayerShare]:
     """The shares of each layer of `labels`, in its order."""
-    action = is_action(labels)
+    action = action_share(labels)
     semantic = is_semantic(labels, space, threshold)
     out = []
     for row, layer in enumerate(labels.layers):

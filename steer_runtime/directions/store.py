@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -35,6 +35,9 @@ from steer_runtime.directions.card import (
 from steer_runtime.directions.direction import NAME, Axis, Direction
 from steer_runtime.directions.files import read_file, write_atomically
 from steer_runtime.errors import SteerError, nearest
+
+if TYPE_CHECKING:
+    from steer_runtime.directions.token_basis import TowerIdentity
 
 MAX_TENSOR_BYTES = 64 << 20
 """A dense direction on all 33 residual sites of a 7B model is 0.5 MB."""
@@ -68,6 +71,15 @@ class Stored:
     problem: str | None  # the sentence `load` would refuse it with
 
 
+@dataclass(frozen=True)
+class StoredAxis:
+    """One axis of a store's listing. Exactly one of `axis` and `problem` is None."""
+
+    name: str
+    axis: Axis | None
+    problem: str | None
+
+
 class DirectionStore:
     """A folder of directions and axes. Holds no state of its own: every call reads the folder as it is."""
 
@@ -80,18 +92,50 @@ class DirectionStore:
         Raises SteerError: 'bad_provenance' for facts that JSON cannot carry exactly, 'name_taken' when an axis has the
         name, 'not_written' for a full disk or missing rights.
         """
-        card = encode(direction)
-        stem = direction.id
-        if self.has_axis(direction.name):
+        return self.save_all([direction])[0]
+
+    def save_all(self, directions: Sequence[Direction]) -> list[Path]:
+        """As `save`, for several: every refusal comes before the first file is written."""
+        encoded = []
+        for direction in directions:
+            card, stem = encode(direction), direction.id
+            if self.has_axis(direction.name):
+                raise SteerError(
+                    "name_taken", f"{direction.name!r} is an axis in {self.root}; choose another name for the direction"
+                )
+            tensors = safetensors_save({k: np.ascontiguousarray(v) for k, v in direction.tensors().items()})
+            # Reading back what is about to be written: a store never holds a file that it would refuse later.
+            _decode(stem, card, tensors)
+            encoded.append((stem, card, tensors))
+        for stem, card, tensors in encoded:
+            self._write(f"{stem}.safetensors", tensors)
+            self._write(f"{stem}.json", card)
+        return [self.root / f"{stem}.safetensors" for stem, _, _ in encoded]
+
+    def replace(self, old: Direction, new: Direction) -> Path:
+        """Save `new`, then remove `old`, of the same name: whoever names it, axes too, gets the new one.
+
+        Raises SteerError as `save`; 'bad_axis' where an axis names the old one by its hash, 'not_written' where its files
+        cannot be removed.
+        """
+        pinned = [joined.name for joined in self.load_axes() if {joined.negative, joined.positive} & _names_of(old)]
+        if pinned:
             raise SteerError(
-                "name_taken", f"{direction.name!r} is an axis in {self.root}; choose another name for the direction"
+                "bad_axis",
+                f"axis {pinned[0]!r} names {old.id!r} by its hash: join it by name first, then change the card",
             )
-        tensors = safetensors_save({k: np.ascontiguousarray(v) for k, v in direction.tensors().items()})
-        # Reading back what is about to be written: a store never holds a file that it would refuse later.
-        _decode(stem, card, tensors)
-        self._write(f"{stem}.safetensors", tensors)
-        self._write(f"{stem}.json", card)
-        return self.root / f"{stem}.safetensors"
+        path = self.save(new)
+        if new.hash != old.hash:
+            try:
+                # The card goes last: tensors without a card name themselves in a listing, and so does the reverse.
+                for suffix in (".safetensors", ".json"):
+                    (self.root / f"{old.id}{suffix}").unlink()
+            except OSError as why:
+                raise SteerError(
+                    "not_written",
+                    f"{old.id!r} could not be removed from {self.root} ({why.strerror}): remove it by hand",
+                ) from why
+        return path
 
     def load(self, ref: str, *, model_hash: str | None = None) -> Direction:
         """The direction called `ref`: a name, or a name and `@` and the first digits of its hash.
@@ -139,6 +183,37 @@ class DirectionStore:
             except SteerError as refused:
                 entries.append(Stored(stem, None, refused.sentence))
         return tuple(entries)
+
+    def list_axes(self) -> tuple[StoredAxis, ...]:
+        """Every axis, by name, each with what it joins or with the reason it is refused."""
+        entries = []
+        for name in sorted(n.removesuffix(".axis.json") for n in self._names() if n.endswith(".axis.json")):
+            try:
+                entries.append(StoredAxis(name, self._read_axis(f"{name}.axis.json"), None))
+            except SteerError as refused:
+                entries.append(StoredAxis(name, None, refused.sentence))
+        return tuple(entries)
+
+    def verify(self, model: TowerIdentity | None = None) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of everything in the folder that is no good: files, axes, what is neither.
+
+        model: what the directions must belong to and fit, where given.
+        """
+        problems = []
+        for entry in self.list():
+            if entry.direction is not None and model is not None:
+                try:
+                    sizes = (model.layers, model.d_model, model.d_ff)
+                    entry.direction.require_model(model.model_hash, model.tower, sizes)
+                except SteerError as refused:
+                    problems.append((entry.id, refused.sentence))
+            elif entry.problem is not None:
+                problems.append((entry.id, entry.problem))
+        problems += [(axis.name, axis.problem) for axis in self.list_axes() if axis.problem is not None]
+        for name in sorted(self._names()):
+            if not self._is_ours(name):
+                problems.append((name, f"{name[:80]!r} is no direction or axis, and was not opened: move it elsewhere"))
+        return tuple(problems)
 
     def save_axis(self, axis: Axis) -> Path:
         """Write an axis atomically. Both ends must be here, of one model and tower.
@@ -212,6 +287,12 @@ class DirectionStore:
         except OSError as why:
             raise SteerError("bad_store", f"{self.root} cannot be listed ({why.strerror}): expected a folder") from why
 
+    def _is_ours(self, name: str) -> bool:
+        if name.endswith(".axis.json"):
+            return True
+        stem, suffix = os.path.splitext(name)
+        return suffix in (".json", ".safetensors") and _STEM.fullmatch(stem) is not None
+
     def _stems(self) -> Iterator[str]:
         stems = {n.removesuffix(s) for n in self._names() for s in (".safetensors", ".json") if n.endswith(s)}
         yield from sorted(s for s in stems if _STEM.fullmatch(s))
@@ -229,6 +310,11 @@ class DirectionStore:
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self.root / name, content)
+
+
+def _names_of(direction: Direction) -> set[str]:
+    """Every reference by hash that means this direction."""
+    return {f"{direction.name}@{direction.hash[:digits]}" for digits in range(1, len(direction.hash) + 1)}
 
 
 def _agree(stored: str, given: str) -> bool:

@@ -2,7 +2,8 @@
 
 Value vector i of a layer is column i of `mlp.down_proj.weight` (Geva et al. 2022, arXiv 2203.14680). Its label is the k
 tokens with the largest `W_down[:, i] . unembedding[token]`, with no final norm and no centring, as in Haon et al.
-(CoRL 2025, arXiv 2509.00328), whose k is 10.
+(CoRL 2025, arXiv 2509.00328), whose k is 10; its low end, which they did not use, is the k most negative. `Spec` has the
+other variants.
 
 Invariant: cached labels are those of the weights they are keyed by, or they are computed again and somebody is told.
 """
@@ -10,7 +11,7 @@ Invariant: cached labels are those of the weights they are keyed by, or they are
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +22,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_save
 
+from steer_runtime.directions.checkpoint_vectors import matrix_of
+from steer_runtime.directions.projection import (
+    BLOCKS,
+    RAW,
+    TOP_K,
+    Blocks,
+    Compute,
+    Ends,
+    LayerJob,
+    Matrix,
+    Runner,
+    Spec,
+    Variant,
+    mean_row,
+    one_process,
+)
 from steer_runtime.directions.store import write_atomically
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.types import Tower
 
-TOP_K = 10
-"""Tokens in a label (the seed's)."""
-BLOCK = 256
-"""Value vectors in one multiplication: 256 rows of 49,152 scores are 50 MB, and larger blocks were no faster on CPU."""
-
 Progress = Callable[[int, int], None]
-"""Told (value vectors done, value vectors in all) after every block."""
+"""Told (value vectors done, value vectors in all); within a layer, the share of its work."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +78,50 @@ class TowerIdentity:
 class TokenBasis:
     """The rows that residual vectors are read against, and the text of each row.
 
-    unembedding: [vocab, d_model], any float dtype; a padded vocabulary (more rows than the tokenizer knows) is fine.
-    tokenizer: a transformers tokenizer. action_values: token id -> bin centre, for action tokens.
+    unembedding: [vocab, d_model], any float dtype, in memory or in its file; a padded vocabulary (more rows than the
+    tokenizer knows) is fine. tokenizer: a transformers tokenizer. action_values: token id -> bin centre, for action
+    tokens. final_norm: what the norm before the unembedding multiplies with, [d_model], for 'normed' labels.
     """
 
     def __init__(
-        self, unembedding: torch.Tensor, tokenizer: Any, action_values: Mapping[int, float] | None = None
+        self,
+        unembedding: Matrix,
+        tokenizer: Any,
+        action_values: Mapping[int, float] | None = None,
+        final_norm: torch.Tensor | None = None,
     ) -> None:
-        if unembedding.ndim != 2 or not unembedding.is_floating_point():
+        tensor = isinstance(unembedding, torch.Tensor)
+        if len(unembedding.shape) != 2 or (tensor and not unembedding.is_floating_point()):  # type: ignore[attr-defined]
+            given = f"{unembedding.dtype} " if tensor else ""  # type: ignore[attr-defined]
             raise SteerError(
                 "bad_token_basis",
-                f"unembedding is {unembedding.dtype} {list(unembedding.shape)}: expected floats of [vocab, d_model]",
+                f"unembedding is {given}{list(unembedding.shape)}: expected floats of [vocab, d_model]",
             )
-        self.unembedding = unembedding.detach()
+        self.rows: Matrix = unembedding.detach() if isinstance(unembedding, torch.Tensor) else unembedding
         self.tokenizer = tokenizer
         self.action_values = dict(action_values or {})
+        self.final_norm = None if final_norm is None else final_norm.detach()
         self._texts: dict[int, str] = {}
 
     @classmethod
     def of(cls, policy: Any) -> TokenBasis:
-        """The token basis of a loaded policy."""
-        return cls(policy.unembedding, policy.tokenizer, policy.action_token_values())
+        """The token basis of a loaded policy or of a checkpoint (`CheckpointVectors`)."""
+        norm = getattr(policy, "final_norm", None)
+        return cls(policy.unembedding, policy.tokenizer, policy.action_token_values(), norm)
+
+    @cached_property
+    def unembedding(self) -> torch.Tensor:
+        """[vocab, d_model] in memory; of a checkpoint it is read whole, 1 GB for Pi0."""
+        return self.rows[:]
+
+    @cached_property
+    def mean(self) -> torch.Tensor:
+        """Mean of all rows, float64 [d_model]."""
+        return mean_row(self.rows)
 
     @property
     def vocab(self) -> int:
-        return int(self.unembedding.shape[0])
+        return int(self.rows.shape[0])
 
     def text(self, token: int) -> str:
         """Text of a token, leading space kept; `[action: 0.824]` for an action token, `[row 32001]` for padding."""
@@ -139,62 +170,73 @@ class TokenBasis:
         *,
         layers: Sequence[int] | None = None,
         top_k: int = TOP_K,
-        block: int = BLOCK,
+        variant: Variant = "raw",
+        dtype: Compute = "float32",
+        blocks: Blocks = BLOCKS,
         progress: Progress | None = None,
+        run: Runner = one_process,
     ) -> Labels:
-        """Labels of every value vector: the k largest of `W_down^T @ unembedding^T`, always in float32.
+        """Labels of every value vector: the k largest and the k most negative scores, by `Spec`'s formulas.
 
         W_down [d_model, d_ff], unembedding [vocab, d_model] -> token ids int32 and scores float32 [layers, d_ff, k],
-        best first. layers: which ones, default all. No more than `block` x vocab scores exist at a time.
-        Raises SteerError: 'bad_token_basis', 'layer_out_of_range', 'not_finite'.
+        best first. layers: which ones, default all. run: where the layers are computed (`fan_out.on_ray`).
+        Raises SteerError: 'bad_token_basis', 'bad_projection', 'layer_out_of_range', 'not_finite'.
         """
         identity = TowerIdentity.of(tower, model_hash)
         chosen = _chosen(identity, layers)
-        if self.unembedding.shape[1] != tower.d_model:
-            raise SteerError(
-                "bad_token_basis",
-                f"unembedding has width {self.unembedding.shape[1]} and tower {tower.name!r} {tower.d_model}: "
-                "expected the same",
-            )
-        if not 1 <= top_k <= self.vocab or block < 1:
-            raise SteerError(
-                "bad_token_basis",
-                f"top_k {top_k} and block {block}: expected 1 to {self.vocab} tokens and a block of 1 or more",
-            )
-        tokens = np.empty((len(chosen), tower.d_ff, top_k), np.int32)
-        scores = np.empty((len(chosen), tower.d_ff, top_k), np.float32)
-        with torch.no_grad():
-            basis = self.unembedding.float().T
-            # One buffer for all blocks: a fresh 50 MB allocation a block costs page faults.
-            buffer = torch.empty(min(block, tower.d_ff), self.vocab, device=basis.device)
-            for row, layer in enumerate(chosen):
-                weight = tower.down_projs[layer].weight  # type: ignore[attr-defined]
-                for start in range(0, tower.d_ff, block):
-                    vectors = weight[:, start : start + block].float().T.to(basis.device)
-                    product = torch.matmul(vectors, basis, out=buffer[: len(vectors)])
-                    best = product.topk(top_k, dim=1)
-                    stop = start + len(vectors)
-                    tokens[row, start:stop] = best.indices.cpu().numpy()
-                    scores[row, start:stop] = best.values.cpu().numpy()
-                    if progress is not None:
-                        progress(row * tower.d_ff + stop, len(chosen) * tower.d_ff)
-        # topk ranks NaN above every number, so one NaN weight cannot hide below the k best.
-        if not np.isfinite(scores).all():
-            raise SteerError(
-                "not_finite", f"tower {tower.name!r} or its unembedding holds NaN or infinite weights; load it again"
-            )
-        return Labels(identity, chosen, tokens, scores, self)
+        spec = Spec(variant, dtype, top_k)
+        found = dict(self._layers(tower, chosen, spec, blocks, progress, run))
+        return Labels.joined(identity, chosen, [found[layer] for layer in chosen], self)
+
+    def _layers(
+        self,
+        tower: Tower,
+        layers: Sequence[int],
+        spec: Spec,
+        blocks: Blocks,
+        progress: Progress | None,
+        run: Runner,
+    ) -> Iterator[tuple[int, Ends]]:
+        gamma = self.final_norm if spec.variant == "normed" else None
+        mean = self.mean if spec.variant == "centred" else None
+        jobs = [
+            LayerJob(layer, matrix_of(tower.down_projs[layer]), self.rows, spec, gamma, mean, blocks)
+            for layer in layers
+        ]
+
+        def told(done: float) -> None:
+            if progress is not None:
+                progress(round(done * tower.d_ff), len(layers) * tower.d_ff)
+
+        try:
+            yield from run(jobs, told)
+        except SteerError as refused:
+            if refused.code != "not_finite":
+                raise
+            raise SteerError("not_finite", f"tower {tower.name!r}: {refused.sentence}") from None
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Labels of some layers: token ids int32 and scores float32 [len(layers), d_ff, k], best first."""
+    """Labels of some layers: token ids int32 and scores float32 [len(layers), d_ff, k], best first.
+
+    low_tokens, low_scores: the same of the most negative end; None where labels were made without it.
+    """
 
     identity: TowerIdentity
     layers: tuple[int, ...]
     tokens: np.ndarray
     scores: np.ndarray
     basis: TokenBasis = field(repr=False)
+    low_tokens: np.ndarray | None = None
+    low_scores: np.ndarray | None = None
+
+    @classmethod
+    def joined(
+        cls, identity: TowerIdentity, layers: tuple[int, ...], parts: Sequence[Ends], basis: TokenBasis
+    ) -> Labels:
+        tokens, scores, low_tokens, low_scores = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+        return cls(identity, layers, tokens, scores, basis, low_tokens, low_scores)
 
     def row(self, layer: int) -> int:
         """Index of a layer in `tokens` and `scores`. Raises SteerError('layer_out_of_range')."""
@@ -208,16 +250,25 @@ class Labels:
 
     def text(self, layer: int, neuron: int) -> list[str]:
         """The k tokens of one value vector, best first. Raises SteerError for a layer or neuron out of range."""
+        return [self.basis.text(int(token)) for token in self._of(self.tokens, layer, neuron)]
+
+    def low_text(self, layer: int, neuron: int) -> list[str]:
+        """The k tokens it says least, the most negative first. Raises SteerError as `text`, and 'no_low_end'."""
+        if self.low_tokens is None:
+            raise SteerError("no_low_end", "these labels hold the largest scores only; project the layer again")
+        return [self.basis.text(int(token)) for token in self._of(self.low_tokens, layer, neuron)]
+
+    def _of(self, tokens: np.ndarray, layer: int, neuron: int) -> np.ndarray:
         if not 0 <= neuron < self.identity.d_ff:
             raise SteerError(
                 "neuron_out_of_range",
                 f"neuron {neuron} is out of range: expected 0 to {self.identity.d_ff - 1}",
             )
-        return [self.basis.text(int(token)) for token in self.tokens[self.row(layer), neuron]]
+        return tokens[self.row(layer), neuron]
 
 
 class LabelCache:
-    """Labels on disk, one safetensors file a layer, keyed by (model_hash, tower, k): an interrupted run resumes.
+    """Labels on disk, one safetensors file a layer, by (model_hash, tower, k, variant, dtype): interrupted runs resume.
 
     notice: told one sentence for every cached file that had to be thrown away; `discarded` counts them.
     """
@@ -235,56 +286,55 @@ class LabelCache:
         *,
         layers: Sequence[int] | None = None,
         top_k: int = TOP_K,
+        variant: Variant = "raw",
+        dtype: Compute = "float32",
         progress: Progress | None = None,
+        run: Runner = one_process,
     ) -> Labels:
-        """Labels of `layers` (default all), computing only the uncached ones. Errors as TokenBasis.project."""
+        """Labels of `layers` (default all), computing only the uncached ones. Options and errors as TokenBasis.project.
+
+        A layer is written as soon as it is done, so an interruption costs at most the layers under way.
+        """
         identity = TowerIdentity.of(tower, model_hash)
         chosen = _chosen(identity, layers)
-        found = {layer: self._read(identity, layer, top_k, basis.vocab) for layer in chosen}
+        spec = Spec(variant, dtype, top_k)
+        found = {layer: self._read(identity, layer, spec, basis.vocab) for layer in chosen}
         missing = [layer for layer in chosen if found[layer] is None]
-        for done, layer in enumerate(missing):
+        if missing:
+            for layer, ends in basis._layers(tower, missing, spec, BLOCKS, progress, run):
+                self._write(identity, layer, spec, ends)
+                found[layer] = ends
+        return Labels.joined(identity, chosen, [part for layer in chosen if (part := found[layer])], basis)
 
-            def report(vectors: int, _: int, before: int = done * tower.d_ff) -> None:
-                if progress is not None:
-                    progress(before + vectors, len(missing) * tower.d_ff)
-
-            fresh = basis.project(tower, model_hash, layers=[layer], top_k=top_k, progress=report)
-            found[layer] = (fresh.tokens[0], fresh.scores[0])
-            self._write(identity, layer, fresh.tokens[0], fresh.scores[0])
-        parts = [part for layer in chosen if (part := found[layer]) is not None]
-        return Labels(identity, chosen, np.stack([p[0] for p in parts]), np.stack([p[1] for p in parts]), basis)
-
-    def path(self, identity: TowerIdentity, layer: int, top_k: int) -> Path:
+    def path(self, identity: TowerIdentity, layer: int, spec: Spec = RAW) -> Path:
         """Where the labels of one layer are kept."""
-        return self.root / f"{identity.model_hash[:16]}-{identity.tower}-top{top_k}" / f"layer-{layer:03d}.safetensors"
+        return self.root / f"{identity.model_hash[:16]}-{identity.tower}-{spec.key}" / f"layer-{layer:03d}.safetensors"
 
-    def _write(self, identity: TowerIdentity, layer: int, tokens: np.ndarray, scores: np.ndarray) -> None:
-        facts = {"model_hash": identity.model_hash, "sha256": _digest(tokens, scores)}
-        content = safetensors_save({"tokens": tokens, "scores": scores}, metadata=facts)
-        write_atomically(self.path(identity, layer, tokens.shape[-1]), content)
+    def _write(self, identity: TowerIdentity, layer: int, spec: Spec, ends: Ends) -> None:
+        # One entry: safetensors writes several in any order, and equal labels are to be equal files.
+        facts = {"labels": f"{identity.model_hash} {_digest(*ends)}"}
+        write_atomically(self.path(identity, layer, spec), safetensors_save(ends._asdict(), metadata=facts))
 
-    def _read(
-        self, identity: TowerIdentity, layer: int, top_k: int, vocab: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        path = self.path(identity, layer, top_k)
+    def _read(self, identity: TowerIdentity, layer: int, spec: Spec, vocab: int) -> Ends | None:
+        path = self.path(identity, layer, spec)
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="numpy") as file:
                 facts = file.metadata() or {}
-                tokens, scores = file.get_tensor("tokens"), file.get_tensor("scores")
+                ends = Ends(*(file.get_tensor(name) for name in Ends._fields))
         except (SafetensorError, OSError) as why:
             self._discard(path, f"cannot be read ({why})")
             return None
-        shape = (identity.d_ff, top_k)
-        if (tokens.shape, scores.shape, tokens.dtype, scores.dtype) != (shape, shape, np.int32, np.float32):
+        shape = (identity.d_ff, spec.top_k)
+        if [(part.shape, part.dtype) for part in ends] != [(shape, np.int32), (shape, np.float32)] * 2:
             self._discard(path, "has other shapes than this tower")
-        elif facts.get("model_hash") != identity.model_hash or facts.get("sha256") != _digest(tokens, scores):
+        elif facts.get("labels") != f"{identity.model_hash} {_digest(*ends)}":
             self._discard(path, "does not match its own checksum or this model")
-        elif tokens.min() < 0 or tokens.max() >= vocab:
+        elif any(part.min() < 0 or part.max() >= vocab for part in (ends.tokens, ends.low_tokens)):
             self._discard(path, "names tokens outside the vocabulary")
         else:
-            return tokens, scores
+            return ends
         return None
 
     def _discard(self, path: Path, reason: str) -> None:
@@ -292,8 +342,8 @@ class LabelCache:
         self.notice(f"cached labels {path.name!r} in {path.parent.name!r}: the file {reason}; computing them again")
 
 
-def _digest(tokens: np.ndarray, scores: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes() + np.ascontiguousarray(scores).tobytes()).hexdigest()
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
 def _chosen(identity: TowerIdentity, layers: Sequence[int] | None) -> tuple[int, ...]:

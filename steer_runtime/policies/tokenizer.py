@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 from steer_runtime.errors import SteerError
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path, name: str = "tokenizer.json") -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint's `tokenizer.json`; no network, no remote code. Raises SteerError('no_tokenizer')."""
-    path = directory / "tokenizer.json"
+    path = directory / name
     if not path.is_file():
-        raise SteerError("no_tokenizer", f"{directory} has no tokenizer.json: download it with the checkpoint")
+        raise SteerError("no_tokenizer", f"{directory} has no {name}: download it with the checkpoint")
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # the tokenizers library raises bare Exception for any malformed file

@@ -71,6 +71,16 @@ def test_most_moved_are_the_clearest_labels_that_lost_all(before: Labels) -> Non
     assert found.moved[0].label_after == ("left", "right", "open")
 
 
+def test_labels_that_turned_into_actions_are_counted(before: Labels) -> None:
+    actions = list(before.basis.action_values)
+    tokens = before.tokens.copy()
+    tokens[0, 1, :2] = actions[:2]  # two of three
+    tokens[0, 5, :1] = actions[:1]  # one of three
+    after = replace(before, tokens=tokens)
+    assert [pair.became_action for pair in compare(before, after).layers] == [1, 0]
+    assert [pair.became_action for pair in compare(after, before).layers] == [0, 0]
+
+
 def test_layers_are_paired_in_order(before: Labels) -> None:
     swapped = replace(before, layers=(1, 0), tokens=before.tokens[::-1], scores=before.scores[::-1])
     found = compare(before, swapped)

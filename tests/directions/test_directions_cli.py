@@ -54,11 +54,13 @@ def shell(config: Path, tmp_path: Path) -> Shell:
     return Shell(config, tmp_path)
 
 
-@pytest.mark.parametrize("verb", ["", "labels", "search", "make", "axis", "import", "show", "list"])
+@pytest.mark.parametrize(
+    "verb", ["", "labels", "search", "make token", "make probe", "build", "axis", "import", "show", "list"]
+)
 def test_help_of_every_verb_has_an_example_and_loads_no_policy(verb: str) -> None:
     script = (
         "import sys\nfrom steer_runtime.cli.directions import app\n"
-        f"try: app([*{[verb] if verb else []!r}, '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        f"try: app([*{verb.split()!r}, '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -75,9 +77,11 @@ def test_search_shows_the_flat_index_of_each_match(shell: Shell) -> None:
 
 
 def test_make_saves_the_direction_it_shows(shell: Shell) -> None:
-    result = shell("make", "up", "--words", "up,above", "--against", "down,low", "--count", "3", "--alpha", "2.5")
+    result = shell(
+        "make", "token", "up", "--words", "up,above", "--against", "down,low", "--count", "3", "--alpha", "2.5"
+    )
     assert result.exit_code != 0  # 'down' is no word of this vocabulary
-    result = shell("make", "up", "--words", "up,above", "--against", "low", "--count", "3", "--alpha", "2.5")
+    result = shell("make", "token", "up", "--words", "up,above", "--against", "low", "--count", "3", "--alpha", "2.5")
     assert result.exit_code == 0, result.output
     direction = shell.store.load("up")
     assert direction.id in result.output
@@ -86,8 +90,8 @@ def test_make_saves_the_direction_it_shows(shell: Shell) -> None:
 
 
 def test_make_takes_neurons_span_operation_and_limit(shell: Shell) -> None:
-    arguments = ("--neurons", "0:17,2:20", "--op", "add", "--span", "text,image", "--max-strength", "0.5")
-    assert shell("make", "lift", *arguments).exit_code == 0
+    arguments = ("lift", "--neurons", "0:17,2:20", "--op", "add", "--span", "text,image", "--max-strength", "0.5")
+    assert shell("make", "neurons", *arguments).exit_code == 0
     direction = shell.store.load("lift")
     assert direction.neurons is not None
     assert (direction.neurons.layer.tolist(), direction.neurons.neuron.tolist()) == ([0, 2], [17, 20])
@@ -95,20 +99,29 @@ def test_make_takes_neurons_span_operation_and_limit(shell: Shell) -> None:
 
 
 def test_make_takes_dense_words_and_an_axis_joins_the_two(shell: Shell) -> None:
-    assert shell("make", "fast", "--dense-words", "fast,quick", "--minus", "slow").exit_code == 0
-    assert shell("make", "slow", "--dense-words", "slow", "--minus", "fast,quick").exit_code == 0
+    assert shell("make", "word", "fast", "--words", "fast,quick", "--against", "slow").exit_code == 0
+    assert shell("make", "word", "slow", "--words", "slow", "--against", "fast,quick").exit_code == 0
     assert shell("axis", "speed", "--negative", "slow", "--positive", "fast", policy=False).exit_code == 0
     assert [axis.name for axis in shell.store.load_axes()] == ["speed"]
     shown = shell("show", "speed", "--json", policy=False)
     assert json.loads(shown.output)["positive"] == shell.store.load("fast").id
 
 
+def test_make_axis_saves_both_ends_and_what_joins_them(shell: Shell) -> None:
+    result = shell("make", "token", "speed", "--words", "fast,quick", "--against", "slow", "--axis")
+    assert result.exit_code == 0, result.output
+    (axis,) = shell.store.load_axes()
+    assert (axis.name, axis.negative, axis.positive) == ("speed", "speed-negative", "speed-positive")
+    ends = [shell.store.load(end) for end in (axis.negative, axis.positive)]
+    assert [list(end.provenance["words"]) for end in ends] == [["slow"], ["fast", "quick"]]
+
+
 def test_every_output_about_an_untrained_policy_says_so(shell: Shell) -> None:
     outputs = {
         "labels": shell("labels", "--neurons", "0-1"),
         "search": shell("search", "up"),
-        "make": shell("make", "lift", "--neurons", "0:17"),
-        "make2": shell("make", "drop", "--neurons", "0:18"),
+        "make": shell("make", "neurons", "lift", "--neurons", "0:17"),
+        "make2": shell("make", "neurons", "drop", "--neurons", "0:18"),
         "axis": shell("axis", "height", "--negative", "drop", "--positive", "lift", policy=False),
         "show": shell("show", "lift", policy=False),
         "show axis": shell("show", "height", policy=False),
@@ -130,14 +143,14 @@ def test_labels_are_written_as_csv(shell: Shell, tmp_path: Path) -> None:
 
 
 def test_show_as_json_carries_the_verified_hash(shell: Shell) -> None:
-    shell("make", "lift", "--neurons", "0:17")
+    shell("make", "neurons", "lift", "--neurons", "0:17")
     shown = json.loads(shell("show", "lift", "--json", policy=False).output)
     assert shown["hash"] == shell.store.load("lift").hash
 
 
 def test_a_listing_with_a_damaged_file_shows_the_rest_and_fails(shell: Shell) -> None:
-    shell("make", "lift", "--neurons", "0:17")
-    shell("make", "drop", "--neurons", "0:18")
+    shell("make", "neurons", "lift", "--neurons", "0:17")
+    shell("make", "neurons", "drop", "--neurons", "0:18")
     card = next((shell.folder / "store").glob("drop@*.json"))
     card.write_text(card.read_text().replace('"alpha": 4.0', '"alpha": 5.0'))
     result = shell("list", policy=False)
@@ -149,21 +162,26 @@ def test_a_listing_with_a_damaged_file_shows_the_rest_and_fails(shell: Shell) ->
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ((), "bad_option"),
-        (("--words", "up", "--neurons", "0:1"), "bad_option"),
-        (("--neurons", "0-1"), "bad_option"),
-        (("--neurons", "9:0"), "layer_out_of_range"),
-        (("--words", "skyward"), "unknown_word"),
-        (("--words", "up", "--layers", "x"), "bad_option"),
-        (("--words", "up", "--tower", "expert"), "unknown_tower"),
-        (("--neurons", "0:1", "--span", "everything"), "bad_span"),
-        (("--neurons", "0:1", "--op", "explode"), "bad_operation"),
-        (("--neurons", "0:1", "--alpha", "nan"), "not_finite"),
-        (("--neurons", "0:1", "--max-strength", "0"), "bad_max_strength"),
+        (("neurons", "--neurons", "0-1"), "bad_option"),
+        (("neurons", "--neurons", "9:0"), "layer_out_of_range"),
+        (("token", "--words", "skyward"), "unknown_word"),
+        (("token", "--words", "up", "--layers", "x"), "bad_option"),
+        (("token", "--words", "up", "--tower", "expert"), "unknown_tower"),
+        (("neurons", "--neurons", "0:1", "--span", "everything"), "bad_span"),
+        (("neurons", "--neurons", "0:1", "--op", "explode"), "bad_operation"),
+        (("neurons", "--neurons", "0:1", "--alpha", "nan"), "not_finite"),
+        (("neurons", "--neurons", "0:1", "--max-strength", "0"), "bad_max_strength"),
+        (("word", "--words", "up", "--against", "low", "--count", "3"), "bad_option"),
+        (("word", "--words", "up", "--against", "low", "--op", "override"), "bad_operation"),
+        (("token", "--words", "up", "--axis"), "no_opposite"),
+        (("probe", "--moments", "nowhere.safetensors", "--quantity", "speed"), "no_moments"),
+        (("snmf", "--moments", "nowhere.safetensors", "--layer", "1"), "bad_option"),
+        (("random", "--like", "nobody"), "unknown_direction"),
     ],
 )
 def test_make_refuses_what_makes_no_direction(shell: Shell, arguments: tuple[str, ...], code: str) -> None:
-    result = shell("make", "x", *arguments)
+    finder, *options = arguments
+    result = shell("make", finder, "x", *options)
     assert isinstance(result.exception, SteerError), result.output
     assert result.exception.code == code
     assert shell.store.list() == ()

@@ -253,7 +253,7 @@ def written_by_others(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=250, deadline=2000)
+@settings(max_examples=250, deadline=None)
 @given(damage=damages(), name=st.sampled_from(sorted(READERS)))
 def test_a_damaged_file_of_another_program_is_read_or_refused_in_a_sentence(
     damage: Callable[[bytes], bytes], name: str, tmp_path_factory: pytest.TempPathFactory
@@ -264,7 +264,7 @@ def test_a_damaged_file_of_another_program_is_read_or_refused_in_a_sentence(
     assert isinstance(said, Direction | tuple) or is_one_sentence(said)
 
 
-@settings(max_examples=150, deadline=2000)
+@settings(max_examples=150, deadline=None)
 @given(damage=damages(), name=st.sampled_from(["x.gguf", "x.safetensors"]))
 def test_a_damaged_file_of_ours_is_never_another_direction(
     damage: Callable[[bytes], bytes], name: str, tmp_path_factory: pytest.TempPathFactory
@@ -280,7 +280,7 @@ def test_a_damaged_file_of_ours_is_never_another_direction(
     assert is_one_sentence(found) or found.hash == direction.hash
 
 
-@settings(max_examples=150, deadline=2000)
+@settings(max_examples=150, deadline=None)
 @given(content=st.binary(max_size=200), head=st.sampled_from([b"", b"GGUF\x03\0\0\0", b"{", b"\x08\0\0\0\0\0\0\0{}"]))
 def test_any_bytes_are_refused_in_a_sentence(
     content: bytes, head: bytes, tmp_path_factory: pytest.TempPathFactory

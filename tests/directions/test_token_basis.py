@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from steer_runtime.directions.projection import Blocks
 from steer_runtime.directions.token_basis import LabelCache, Labels, TokenBasis, TowerIdentity
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
@@ -36,7 +37,7 @@ def test_labels_are_the_largest_of_the_whole_product(
 ) -> None:
     """The published method in one line: for each column w of W_down, the tokens t with the largest w . E[t]."""
     tower, basis = random_tower(dtype), random_basis(tiny_policy, dtype)
-    labels = basis.project(tower, MODEL, top_k=10, block=block)
+    labels = basis.project(tower, MODEL, top_k=10, blocks=Blocks(block, 100))
     embedding = basis.unembedding.double().numpy()
     for layer in range(LAYERS):
         weight = tower.down_projs[layer].weight.detach().double().numpy()  # type: ignore[attr-defined]
@@ -62,8 +63,10 @@ def test_chosen_layers_have_the_labels_they_have_among_all(tiny_policy: OpenVLAP
 
 def test_progress_reaches_the_whole(tiny_policy: OpenVLAPolicy) -> None:
     heard: list[tuple[int, int]] = []
-    random_basis(tiny_policy).project(random_tower(), MODEL, block=8, progress=lambda *done: heard.append(done))
-    assert heard[0] == (8, LAYERS * D_FF)
+    random_basis(tiny_policy).project(
+        random_tower(), MODEL, blocks=Blocks(8, 100), progress=lambda *done: heard.append(done)
+    )
+    assert heard[0][0] < D_FF
     assert heard[-1] == (LAYERS * D_FF, LAYERS * D_FF)
     assert heard == sorted(heard)
 
@@ -180,7 +183,7 @@ def test_labels_of_a_model_whose_hash_shares_the_folder_are_not_used(cached: Cac
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "text"])
 def test_a_damaged_entry_is_computed_again_and_said_so(cached: Cached, damage: str) -> None:
     good = cached.labels()
-    path = cached.cache.path(good.identity, 1, 10)
+    path = cached.cache.path(good.identity, 1)
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         content[-5] ^= 1

@@ -12,6 +12,8 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
+from steer_runtime.directions.checkpoint_vectors import CheckpointVectors
+from steer_runtime.directions.token_basis import TokenBasis
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.pi0.checkpoint import load_checkpoint
 from steer_runtime.policies.pi0.config import PI0, parse_config
@@ -214,6 +216,18 @@ def test_unusable_configurations_are_refused(saved: Path, changes: dict[str, obj
     with pytest.raises(SteerError, match=named) as refused:
         load_checkpoint(_rewrite_config(saved, **changes))
     assert refused.value.code == "bad_model_config"
+
+
+def test_its_files_have_the_hash_and_the_labels_of_the_loaded_policy(saved: Path) -> None:
+    loaded, files = Pi0Policy.from_checkpoint(saved), CheckpointVectors(saved)
+    assert files.model_hash == loaded.model_hash
+    assert (files.name, files.trained) == (loaded.name, loaded.trained)
+    torch.testing.assert_close(files.final_norm, loaded.final_norm)
+    ours, theirs = (
+        TokenBasis.of(source).project(source.towers["prefix"], source.model_hash, top_k=5) for source in (files, loaded)
+    )
+    assert ours.identity == theirs.identity
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
 # -- statistics -----------------------------------------------------------------------------------------------------------

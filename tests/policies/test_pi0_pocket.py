@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from steer_runtime.directions.checkpoint_vectors import CheckpointVectors
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.pi0 import pocket
 from steer_runtime.policies.pi0.pocket import assemble, build_pocket_pi0
@@ -87,6 +88,12 @@ def test_what_smollm2_has_is_left_to_its_file(built: Path, policy: Pi0Policy, sm
     whole = assemble(PocketPi0Spec(layers=LAYERS, extra_rows=8, **OPTIONS), smollm2[0])  # type: ignore[arg-type]
     loaded = dict(policy.model.named_parameters())
     assert all(torch.allclose(value, loaded[name], atol=1e-7) for name, value in whole.named_parameters())
+
+
+def test_its_files_have_the_hash_of_the_loaded_policy(built: Path, policy: Pi0Policy) -> None:
+    files = CheckpointVectors(built)
+    assert files.model_hash == policy.model_hash
+    torch.testing.assert_close(files.unembedding[:], policy.unembedding)
 
 
 def test_it_acts_and_says_that_it_is_untrained(policy: Pi0Policy) -> None:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from steer_runtime.cli.directions.common import (
-    DEFAULT_POLICY,
     DEFAULT_STORE,
-    PolicyOption,
+    UNTRAINED,
     StoreOption,
     TowerOption,
-    load,
     new_console,
     new_table,
-    policy_facts,
     printable,
     say,
     show_direction,
-    today,
-    tower_of,
     untrained_suffix,
 )
+from steer_runtime.cli.directions.exchange import ModelCheckpoint, ModelPolicy, model_of
 from steer_runtime.errors import SteerError
 
 app = typer.Typer()
@@ -76,63 +71,109 @@ def show(
         show_direction(direction)
 
 
+@app.command(
+    epilog="[bold]Example[/]: steer directions annotate quick --calibrated 0.25,1 --max-strength 1 --proven "
+    '--evidence "docs/results.md, speed axis" --licence Apache-2.0'
+)
+def annotate(
+    ref: Annotated[str, typer.Argument(help="Name, or name@ and first digits of the hash.")],
+    calibrated: Annotated[str, typer.Option(help="LOW,HIGH: strengths over which simulation showed its effect.")] = "",
+    max_strength: Annotated[float | None, typer.Option(help="Largest strength the engine accepts, in (0, 1].")] = None,
+    proven: Annotated[
+        bool | None, typer.Option("--proven/--unproven", help="Whether simulation showed the largest strength safe.")
+    ] = None,
+    evidence: Annotated[str, typer.Option(help="Where that was shown: a command, a file, a page.")] = "",
+    licence: Annotated[str, typer.Option(help="SPDX expression.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write into a direction's card what was found out since. What it does stays; its hash changes, as its card does."""
+    from dataclasses import replace
+
+    from steer_runtime.directions.store import DirectionStore
+
+    if (calibrated or proven) and not evidence:
+        raise SteerError("bad_option", "a range or a proof needs --evidence: say where simulation showed it")
+    folder = DirectionStore(store)
+    old = folder.load(ref)
+    changes: dict[str, Any] = {
+        "calibrated": _range(calibrated) if calibrated else None,
+        "max_strength": max_strength,
+        "proven": proven,
+        "licence": licence or None,
+        "provenance": {**old.provenance, "evidence": evidence} if evidence else None,
+    }
+    new = replace(old, **{key: value for key, value in changes.items() if value is not None})
+    folder.replace(old, new)
+    say(
+        f"{old.id} is now {new.id}{untrained_suffix([new])}"
+        if new.hash != old.hash
+        else f"{old.id} says all that already"
+    )
+
+
 @app.command("list", epilog="[bold]Example[/]: steer directions list --store directions")
 def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
     """Every direction and axis of the store. Files that do not verify are named with the reason; the exit code is 2."""
     from steer_runtime.directions.store import DirectionStore
 
     folder = DirectionStore(store)
-    entries = folder.list()
-    table = new_table(f"Directions in {store}", "id", "model", "op", "span", "writes", "max strength", "found by")
+    entries, axes = folder.list(), folder.list_axes()
+    table = new_table(f"Directions in {store}", "id", "model", "op", "span", "writes", "limit", "licence", "found by")
     for entry in entries:
         d = entry.direction
         if d is None:
             continue
         writes = f"{len(d.neurons)} neurons" if d.neurons is not None else f"{len(d.dense or {})} dense"
-        strength = f"{d.max_strength:g}" + ("" if d.proven else " (unproven)")
-        finder = str(d.provenance.get("finder", "-")) + untrained_suffix([d])
-        cells = (d.id, d.model_hash[:12], d.op, ",".join(sorted(d.span)), writes, strength, finder)
+        strength = f"{d.max_strength:g}" + ("" if d.proven else " unproven")
+        finder = str(d.provenance.get("finder", "-"))
+        cells = (d.id, d.model_hash[:12], d.op, ",".join(sorted(d.span)), writes, strength, d.licence, finder)
         table.add_row(*(Text(printable(cell)) for cell in cells))
     new_console().print(table)
-    bad = [entry for entry in entries if entry.problem is not None]
-    for entry in bad:
-        typer.echo(f"refused: {printable(entry.problem or '')}", err=True)
-    for joined in folder.load_axes() if not bad else ():
-        say(f"axis {joined.name}: {joined.negative} - {joined.positive}")
+    untrained = [e.id for e in entries if e.direction is not None and untrained_suffix([e.direction])]
+    if untrained:
+        say(f"of an {UNTRAINED}: {', '.join(untrained)}")
+    for joined in axes:
+        if joined.axis is not None:
+            say(f"axis {joined.name}: {joined.axis.negative} - {joined.axis.positive}")
+    found = [entry.problem for entry in entries] + [joined.problem for joined in axes]
+    bad = [problem for problem in found if problem is not None]
+    for problem in bad:
+        typer.echo(f"refused: {printable(problem)}", err=True)
     if bad:
-        raise SteerError("bad_store", f"{len(bad)} of {len(entries)} directions in {store} do not verify, see above")
+        raise SteerError(
+            "bad_store", f"{len(bad)} of {len(found)} directions and axes in {store} do not verify, see above"
+        )
 
 
 @app.command(
-    "import",
-    epilog="[bold]Example[/]: steer directions import configs/clusters/corl2025_openvla_clusters.yaml "
-    "--made-for openvla --policy openvla-7b",
+    epilog="[bold]Examples[/]: steer directions verify   |   steer directions verify --policy pocket-libero   |   "
+    "steer directions verify --checkpoint models/openvla-7b --store directions"
 )
-def import_file(
-    file: Annotated[Path, typer.Argument(help="YAML of cluster names over flat indices.")],
-    made_for: Annotated[
-        str, typer.Option(help="Model of the flat indices: openvla (32 x 11008), pi0fast (18 x 16384).")
-    ],
-    alpha: Annotated[float | None, typer.Option(help="Activation at strength 1, default 4; pi0-FAST used 10.")] = None,
-    policy: PolicyOption = DEFAULT_POLICY,
+def verify(
+    policy: ModelPolicy = "",
+    checkpoint: ModelCheckpoint = None,
     tower: TowerOption = "lm",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Save every cluster of a published file as a direction of this policy, if its sizes are the right ones."""
-    from steer_runtime.directions import finders
-    from steer_runtime.directions.formats import clusters as clusters_format
+    """Read every file of the store: hashes, cards, ends of axes, and the model if one is given. Exit code 2 for a problem."""
     from steer_runtime.directions.store import DirectionStore
-    from steer_runtime.directions.token_basis import TowerIdentity
 
-    sizes = {"openvla": clusters_format.OPENVLA_SIZE, "pi0fast": clusters_format.PI0_FAST_SIZE}
-    if made_for not in sizes:
-        raise SteerError("bad_option", f"--made-for {made_for[:40]!r} is unknown: expected {' or '.join(sizes)}")
-    loaded = load(policy)
-    identity = TowerIdentity.of(tower_of(loaded, tower), loaded.model_hash)
-    recipe = finders.Recipe(name="", date=today(), alpha=alpha, facts=policy_facts(loaded))
-    found = clusters_format.from_clusters(file, identity, recipe, made_for=sizes[made_for])
-    for direction in found.directions:
-        DirectionStore(store).save(direction)
-        say(f"saved {direction.id}, {len(direction.neurons or ())} neurons{untrained_suffix([direction])}")
-    if found.empty:
-        say(f"without neurons, so not saved: {', '.join(found.empty)}")
+    if not store.is_dir():
+        raise SteerError("bad_store", f"{store} is no folder: give the folder of directions to verify")
+    folder = DirectionStore(store)
+    identity = model_of(policy, checkpoint, tower)[0] if policy or checkpoint is not None else None
+    problems = folder.verify(identity)
+    for name, problem in problems:
+        typer.echo(f"{printable(name)}: {printable(problem)}", err=True)
+    if problems:
+        raise SteerError("bad_store", f"{len(problems)} problems in {store}, see above")
+    whose = "" if identity is None else f", all of model {identity.model_hash[:12]}"
+    say(f"{len(folder.list())} directions and {len(folder.list_axes())} axes in {store} verify{whose}")
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SteerError("bad_option", f"--calibrated {text[:40]!r} is no range: expected such as 0.25,1") from None
+    return low, high

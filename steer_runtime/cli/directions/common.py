@@ -101,14 +101,17 @@ def tower_of(policy: Any, name: str) -> Any:
     return policy.towers[name]
 
 
-def labels_for(policy: Any, tower: str, cache: Path, layers: Sequence[int] | None, top_k: int = 10) -> Labels:
+def labels_for(
+    policy: Any, tower: str, cache: Path, layers: Sequence[int] | None, top_k: int = 10, **options: Any
+) -> Labels:
+    """Labels of a policy or of `CheckpointVectors`, by the cache. options: variant, dtype, run of `LabelCache.labels`."""
     from steer_runtime.directions.token_basis import LabelCache, TokenBasis
 
     chosen = tower_of(policy, tower)
     with progress_bar("projecting value vectors") as progress:
         keep = LabelCache(cache, notice=lambda sentence: typer.echo(sentence, err=True))
         return keep.labels(
-            TokenBasis.of(policy), chosen, policy.model_hash, layers=layers, top_k=top_k, progress=progress
+            TokenBasis.of(policy), chosen, policy.model_hash, layers=layers, top_k=top_k, progress=progress, **options
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.text import Text
 
 from steer_runtime.cli.directions.common import (
@@ -26,7 +27,7 @@ from steer_runtime.cli.directions.common import (
 from steer_runtime.errors import SteerError
 
 if TYPE_CHECKING:
-    from steer_runtime.directions.score_summary import Score, Summary
+    from steer_runtime.directions.score_summary import Effect, Score, Summary
 
 app = typer.Typer()
 
@@ -139,15 +140,19 @@ def _show(summary: Summary, title: str, random: int) -> None:
     console = new_console()
     table = new_table(
         f"Directions of {title}, {summary.reading} action, each at the strength of its best ratio",
-        "direction", "claims", "finder", "strength", "dose", "effect", "95 %", "z", "beats", "damage", "ratio", "beats ", "monotone",
+        "direction", "claims", "finder", "at", "dose", "effect", "z (moved)", "beats", "damage", "ratio", "ratio beats", "steady",
     )  # fmt: skip
+    # Twelve columns fit a page of paper without the lines between them.
+    table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
+    for column in (table.columns[0], table.columns[1], table.columns[5]):
+        column.no_wrap = True
     for one in summary.scores:
         table.add_row(*(Text(printable(cell)) for cell in _cells(one, observable)))
     console.print(table)
     if summary.finders:
         finders = new_table(
             "Finders, mean over their directions at their best strength",
-            "axis", "finder", "directions", "on-axis", "z", "beats", "beat all", "damage", "ratio", "beats ",
+            "axis", "finder", "directions", "on-axis", "z", "beats", "beat all", "damage", "ratio", "ratio beats",
         )  # fmt: skip
         for row in summary.finders:
             cells = (
@@ -158,8 +163,9 @@ def _show(summary: Summary, title: str, random: int) -> None:
         console.print(finders)
     console.print(
         Text(
-            f"beats: share of the {random} random controls with a smaller effect in the claimed direction; after ratio, with "
-            "a smaller best ratio. damage and on-axis: standard deviations of the unsteered policy."
+            f"beats: share of the {random} random controls with a smaller effect in the claimed direction; ratio beats: with a "
+            "smaller best ratio. damage and on-axis: standard deviations of the unsteered policy. In brackets: controls that moved it at all; few make z worth little, none leave it out. "
+            "steady: no strength undoes a smaller one."
         )
     )
     for one in summary.scores:
@@ -173,19 +179,17 @@ def _cells(one: Score, observable: Any) -> tuple[str, ...]:
     point, claim = one.at_best, one.claim
     if point is None or claim is None:
         # Nothing is claimed: its largest effect at full strength, to say what it does.
-        return (one.direction.id, "nothing", one.finder, *_largest(one), "", "", "", "")
+        return (one.direction.name, "nothing", one.finder, *_largest(one), "", "", "", "")
     effect = point.effects[claim.observable]
-    unit = observable(claim.observable).unit.split(" to ")[0]
-    interval = "" if effect.low is None else f"{effect.low:+.3g} to {effect.high:+.3g}"
+    unit = {"m/s": " m/s", "cm a step": " cm", "deg a step": " deg"}.get(observable(claim.observable).unit, "")
     return (
-        one.direction.id,
+        one.direction.name,
         f"{claim.observable} {'up' if claim.sign > 0 else 'down'}",
         one.finder,
         f"{point.strength:g}",
         f"{point.dose:.2f}",
-        f"{effect.value:+.3g} {unit}" if "closed" not in unit else f"{effect.value:+.3g}",
-        interval,
-        _number(point.z, "+.1f"),
+        f"{_interval(effect)}{unit}",
+        f"{_number(point.z, '+.1f')} ({effect.moved})",
         _share(point.beaten),
         _number(point.damage, ".2f"),
         _number(point.ratio, "+.2f"),
@@ -195,16 +199,19 @@ def _cells(one: Score, observable: Any) -> tuple[str, ...]:
 
 
 def _largest(one: Score) -> tuple[str, ...]:
-    """strength, dose, effect, interval, z, share beaten of the observable with the largest z at the last point."""
+    """strength, dose, effect, z, share beaten of the observable with the largest standardised effect at the last point."""
     if not one.points:
-        return ("", "", "", "", "", "")
+        return ("", "", "", "", "")
     point = one.points[-1]
-    name, effect = max(point.effects.items(), key=lambda item: abs(item[1].z or 0.0))
-    interval = "" if effect.low is None else f"{effect.low:+.3g} to {effect.high:+.3g}"
-    return (
-        f"{point.strength:g}", f"{point.dose:.2f}", f"{name} {effect.value:+.3g}", interval, _number(effect.z, "+.1f"),
-        _share(effect.beaten),
-    )  # fmt: skip
+    name, effect = max(point.effects.items(), key=lambda item: abs(item[1].standardised))
+    shown = f"{name} {_interval(effect)}"
+    z = f"{_number(effect.z, '+.1f')} ({effect.moved})"
+    return (f"{point.strength:g}", f"{point.dose:.2f}", shown, z, _share(effect.beaten))
+
+
+def _interval(effect: Effect) -> str:
+    """`+0.42 [+0.25, +0.51]`."""
+    return f"{effect.value:+.3g}" + ("" if effect.low is None else f" [{effect.low:+.2g}, {effect.high:+.2g}]")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -12,9 +12,7 @@ from steer_runtime.cli.directions.common import (
     DEFAULT_POLICY,
     CacheOption,
     PolicyOption,
-    TowerOption,
     labels_for,
-    load,
     new_console,
     new_table,
     parse_numbers,
@@ -22,18 +20,25 @@ from steer_runtime.cli.directions.common import (
     policy_title,
     progress_bar,
     show_label,
-    tower_of,
+)
+from steer_runtime.cli.directions.source import (
+    CheckpointOption,
+    SourceTowerOption,
+    TokenizerOption,
+    open_source,
+    tower_name,
 )
 from steer_runtime.errors import SteerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from steer_runtime.directions.index import Neighbour
+    from steer_runtime.directions.index import Match, Neighbour
     from steer_runtime.directions.similarity import WordSpace
     from steer_runtime.directions.token_basis import Labels, TokenBasis
 
 app = typer.Typer()
+_OTHER = 5  # tokens of the other end that a table has room for
 _CONTROLS = 1024  # random directions whose nearest shows what chance reaches
 
 
@@ -78,7 +83,9 @@ def search(
     top: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 20,
     layers: Annotated[str, typer.Option(help="Layers, such as 3,26-29; default all.")] = "",
     policy: PolicyOption = DEFAULT_POLICY,
-    tower: TowerOption = "lm",
+    checkpoint: CheckpointOption = None,
+    tokenizer: TokenizerOption = None,
+    tower: SourceTowerOption = "",
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Value vectors that say words. With --near or --contrast all are ranked, those that say WORDS first.
@@ -97,8 +104,8 @@ def search(
         raise SteerError(
             "bad_option", "nothing was asked for: give words, --near words, or --contrast and --minus words"
         )
-    loaded = load(policy)
-    found = labels_for(loaded, tower, cache, parse_numbers(layers, "layers"))
+    loaded = open_source(policy, checkpoint, tokenizer)
+    found = labels_for(loaded, tower_name(loaded, tower), cache, parse_numbers(layers, "layers"))
     title = policy_title(loaded)
     if like:
         space = word_space(found.basis)
@@ -108,7 +115,7 @@ def search(
         chance = f"labels of {_CONTROLS} random directions reach {control.max():.2f}"
         _show(f"Value vectors of {title} near {', '.join(like)}{say}; {chance}", found, neighbours)
     elif plus:
-        chosen = tower_of(loaded, tower)
+        chosen = loaded.towers[found.identity.tower]
         ends = index.contrast(
             found, lambda layer: chosen.down_projs[layer].weight, plus, less, top=top, says=says, against=without
         )
@@ -116,15 +123,12 @@ def search(
         _show(f"Value vectors of {title} from {', '.join(less)} to {', '.join(plus)}; {chance}", found, ends.plus)
         _show(f"The other way, from {', '.join(plus)} to {', '.join(less)}", found, ends.minus)
     else:
-        matches = index.search(found, says, against=without)
-        said = f"{len(matches)} value vectors of {title} say {', '.join(says)}"
-        table = new_table(
-            f"{said}; the first {min(top, len(matches))}", "layer", "neuron", "flat", "rank", "score", "label"
+        low = index.negated(found)
+        _show_matches(
+            f"value vectors of {title} say {', '.join(says)}", found, index.search(found, says, against=without), top
         )
-        for m in matches[:top]:
-            flat = found.identity.flat(m.layer, m.neuron)
-            table.add_row(str(m.layer), str(m.neuron), str(flat), str(m.rank), f"{m.score:.3f}", show_label(m.label))
-        new_console().print(table)
+        if low is not None and (matches := index.search(low, says, against=without)):
+            _show_matches("say so with an activation below zero, at their low end", low, matches, top)
 
 
 @app.command(
@@ -145,14 +149,16 @@ def cluster(
     seed: Annotated[int, typer.Option(min=0, help="Of the random directions and of the parts.")] = 0,
     layers: Annotated[str, typer.Option(help="Layers, such as 3,26-29; default all.")] = "",
     policy: PolicyOption = DEFAULT_POLICY,
-    tower: TowerOption = "lm",
+    checkpoint: CheckpointOption = None,
+    tokenizer: TokenizerOption = None,
+    tower: SourceTowerOption = "",
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Value vectors that say the same, put together and named by their most characteristic words."""
     from steer_runtime.directions.clustering import clusters
 
-    loaded = load(policy)
-    found = labels_for(loaded, tower, cache, parse_numbers(layers, "layers"))
+    loaded = open_source(policy, checkpoint, tokenizer)
+    found = labels_for(loaded, tower_name(loaded, tower), cache, parse_numbers(layers, "layers"))
     space = word_space(found.basis)
     with progress_bar("random directions") as progress:
         threshold = space.coherence_by_chance(found.tokens.shape[-1], seed=seed, progress=progress)
@@ -196,14 +202,39 @@ def word_space(basis: TokenBasis) -> WordSpace:
         return WordSpace.of(basis, progress=progress)
 
 
+def _show_matches(said: str, found: Labels, matches: Sequence[Match], top: int) -> None:
+    two = ["other end"] if found.low_tokens is not None else []
+    table = new_table(
+        f"{len(matches)} {said}; the first {min(top, len(matches))}",
+        "layer",
+        "neuron",
+        "flat",
+        "rank",
+        "score",
+        "label",
+        *two,
+    )
+    for m in matches[:top]:
+        flat = found.identity.flat(m.layer, m.neuron)
+        other = [show_label(found.low_text(m.layer, m.neuron)[:_OTHER])] if two else []
+        table.add_row(
+            str(m.layer), str(m.neuron), str(flat), str(m.rank), f"{m.score:.3f}", show_label(m.label), *other
+        )
+    new_console().print(table)
+
+
 def _show(title: str, found: Labels, neighbours: Sequence[Neighbour]) -> None:
-    projected = [] if any(n.projection is None for n in neighbours) else ["projection"]
-    table = new_table(title, "layer", "neuron", "flat", *projected, "cosine", "says", "label")
+    contrast = any(n.projection is not None for n in neighbours)
+    two = found.low_tokens is not None
+    columns = ["layer", "neuron", "flat", *(["projection"] if contrast else []), "cosine", "says"]
+    columns += [*(["end"] if two and not contrast else []), "label", *(["other end"] if two else [])]
+    table = new_table(title, *columns)
     for n in neighbours:
-        flat = found.identity.flat(n.layer, n.neuron)
-        row = [str(n.layer), str(n.neuron), str(flat)]
+        row = [str(n.layer), str(n.neuron), str(found.identity.flat(n.layer, n.neuron))]
         row += [f"{n.projection:.3f}"] if n.projection is not None else []
-        table.add_row(*row, f"{n.cosine:.3f}", str(n.matches or ""), show_label(n.label))
+        row += [f"{n.cosine:.3f}", str(n.matches or "")]
+        row += ["high" if n.sign > 0 else "low"] if "end" in columns else []
+        table.add_row(*row, show_label(n.label), *([show_label(n.other[:_OTHER])] if two else []))
     new_console().print(table)
 
 

@@ -12,9 +12,7 @@ from steer_runtime.cli.directions.common import (
     DEFAULT_POLICY,
     CacheOption,
     PolicyOption,
-    TowerOption,
     labels_for,
-    load,
     new_console,
     new_table,
     parse_numbers,
@@ -24,20 +22,29 @@ from steer_runtime.cli.directions.common import (
     show_label,
 )
 from steer_runtime.cli.directions.search import word_space
+from steer_runtime.cli.directions.source import (
+    CheckpointOption,
+    SourceTowerOption,
+    TokenizerOption,
+    open_source,
+    tower_name,
+)
 
 app = typer.Typer()
 
 
 @app.command(
     epilog="[bold]Examples[/]: steer directions layers --out layers.html   |   "
-    "steer directions layers --policy pocket-libero --layers 3-5"
+    "steer directions layers --checkpoint models/pocket-openvla-libero --layers 3-5"
 )
 def layers(
     out: Annotated[Path | None, typer.Option(help="Draw them on this page, a .html file.")] = None,
     layers: Annotated[str, typer.Option(help="Layers, such as 3,26-29; default all.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of the random directions that show what chance gives.")] = 0,
     policy: PolicyOption = DEFAULT_POLICY,
-    tower: TowerOption = "lm",
+    checkpoint: CheckpointOption = None,
+    tokenizer: TokenizerOption = None,
+    tower: SourceTowerOption = "",
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """How many value vectors of each layer say something, and how many say an action."""
@@ -46,8 +53,8 @@ def layers(
 
     if out is not None:
         require_plotly(out)
-    loaded = load(policy)
-    found = labels_for(loaded, tower, cache, parse_numbers(layers, "layers"))
+    loaded = open_source(policy, checkpoint, tokenizer)
+    found = labels_for(loaded, tower_name(loaded, tower), cache, parse_numbers(layers, "layers"))
     space = word_space(found.basis)
     with progress_bar("random directions") as progress:
         threshold = space.coherence_by_chance(found.tokens.shape[-1], seed=seed, progress=progress)
@@ -79,16 +86,18 @@ def layers(
 
 
 @app.command(
-    epilog="[bold]Examples[/]: steer directions compare openvla-7b openvla-7b-libero-object   |   "
-    "steer directions compare pocket-untrained pocket-libero --layers-before 26-29 --layers-after 2-5"
+    epilog="[bold]Examples[/]: steer directions compare openvla-7b/ openvla-7b-finetuned-libero-object/   |   "
+    "steer directions compare pocket-untrained pocket-libero --layers-before 0-3,6-7 --layers-after 0-5"
 )
 def compare(
-    before: Annotated[str, typer.Argument(help="Policy before: a name in configs/policies, or a path to its YAML.")],
-    after: Annotated[str, typer.Argument(help="Policy after.")],
+    before: Annotated[
+        str, typer.Argument(help="A policy (a name in configs/policies, or its YAML) or a checkpoint's folder.")
+    ],
+    after: Annotated[str, typer.Argument(help="The same, of the model that came of it.")],
     layers_before: Annotated[str, typer.Option(help="Layers of the first, such as 0-3,26-29; default all.")] = "",
     layers_after: Annotated[str, typer.Option(help="Layers of the second, as many, paired in order.")] = "",
     top: Annotated[int, typer.Option(min=0, help="Most moved value vectors to show.")] = 20,
-    tower: TowerOption = "lm",
+    tower: SourceTowerOption = "",
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Which labels differ between two models: by layer, and the value vectors that moved most."""
@@ -97,8 +106,9 @@ def compare(
     sides = []
     for name, chosen, what in ((before, layers_before, "layers-before"), (after, layers_after, "layers-after")):
         numbers = parse_numbers(chosen, what)
-        policy = load(name)
-        sides.append((policy_title(policy), labels_for(policy, tower, cache, numbers)))
+        folder = Path(name) if Path(name).is_dir() else None
+        source = open_source(DEFAULT_POLICY if folder else name, folder)
+        sides.append((policy_title(source), labels_for(source, tower_name(source, tower), cache, numbers)))
     (title_before, labels_before), (title_after, labels_after) = sides
     found = compared(labels_before, labels_after, top=top)
     table = new_table(
@@ -109,6 +119,7 @@ def compare(
         "kept",
         "unchanged",
         "lost all",
+        "became action",
     )
     for pair in found.layers:
         table.add_row(
@@ -118,6 +129,7 @@ def compare(
             f"{pair.kept} ({pair.share:.1%})",
             f"{pair.unchanged} ({pair.unchanged / pair.vectors:.1%})",
             f"{pair.lost} ({pair.lost / pair.vectors:.1%})",
+            f"{pair.became_action} ({pair.became_action / pair.vectors:.1%})",
         )
     console = new_console()
     console.print(table)

@@ -111,5 +111,6 @@ def recipe_key(finder: str, material: Material, recipe: Recipe, options: FinderO
         "low": recipe.low,
         "span": None if recipe.span is None else sorted(recipe.span),
         "max_strength": recipe.max_strength,
+        "licence": recipe.licence,
     }
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from steer_runtime.directions.activations import TowerWatch, ready
 from steer_runtime.directions.direction import Direction
+from steer_runtime.directions.finders.differentiable import Observable, observable
 from steer_runtime.directions.finders.material import Material
-from steer_runtime.directions.finders.observables import Observable, observable
 from steer_runtime.directions.finders.placing import chosen_layers, place_neurons, span_of, strongest
 from steer_runtime.directions.finders.recipe import Recipe
 from steer_runtime.directions.options import AttributionOptions

@@ -67,6 +67,7 @@ def _control(direction: Direction, tower: Tower, seed: int, index: int) -> Direc
         if direction.dense is None
         else {site: _gaussian(direction.dense[site], rng) for site in sorted(direction.dense)},
         proven=False,
+        calibrated=None,
         provenance={
             **{k: v for k, v in direction.provenance.items() if k in ("policy", "policy_trained", "date", "versions")},
             "finder": "random",

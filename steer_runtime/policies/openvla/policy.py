@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from steer_runtime.errors import SteerError, nearest
-from steer_runtime.policies.identity import hash_of
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint
 from steer_runtime.policies.openvla.config import OpenVLAConfig
@@ -26,6 +25,7 @@ from steer_runtime.policies.openvla.object_tokens import named
 from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
 from steer_runtime.policies.shards import LoadReport
 from steer_runtime.policies.tokenizer import load_tokenizer
+from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
 TOWER = "lm"
@@ -137,6 +137,11 @@ class OpenVLAPolicy:
         """Names of the images that an observation must have."""
         return (self.camera,) if self.config.heatmap is None else (self.camera, self.wrist_camera)
 
+    @property
+    def final_norm(self) -> Tensor:
+        """Weight of the norm before the unembedding, [d_model]."""
+        return self.model.language_model.model.norm.weight
+
     def action_token_values(self) -> dict[int, float]:
         """Bin centre in [-1, 1] of each action token id."""
         return self.actions.values()
@@ -148,8 +153,8 @@ class OpenVLAPolicy:
         A bf16 model and its exact float32 copy hash alike.
         """
         layers = self.towers[TOWER].down_projs
-        named = [(f"{TOWER}.{i}.down_proj", module.weight) for i, module in enumerate(layers)]  # type: ignore[attr-defined]
-        return hash_of([*named, (f"{TOWER}.unembedding", self.unembedding)])
+        named = {f"{TOWER}.{i}.down_proj": module.weight for i, module in enumerate(layers)}  # type: ignore[attr-defined]
+        return hash_matrices({**named, f"{TOWER}.unembedding": self.unembedding})
 
     def announce_roles_to(self, listener: TokenRoles | None) -> None:
         """Set (or clear) who is told the token roles before each forward of tower "lm"."""

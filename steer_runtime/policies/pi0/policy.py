@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.identity import hash_of
 from steer_runtime.policies.pi0.checkpoint import load_checkpoint
 from steer_runtime.policies.pi0.denoise import EXPERT, PREFIX, Denoised, denoise
 from steer_runtime.policies.pi0.image import camera_images, ragged
@@ -27,6 +26,7 @@ from steer_runtime.policies.pi0.prompt import batch, text_ids
 from steer_runtime.policies.pi0.statistics import DELTA_DIMS, Pi0Statistics, add_state, read_statistics
 from steer_runtime.policies.shards import LoadReport
 from steer_runtime.policies.tokenizer import load_tokenizer
+from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
 WHY_DEAD = "only keys and values leave the prefix, and those of its last layer come before that layer's FFN"
@@ -171,6 +171,12 @@ class Pi0Policy:
         return self.model.unembedding
 
     @property
+    def final_norm(self) -> Tensor:
+        """What the norm before the unembedding multiplies with, [d_model]; Gemma stores it minus one."""
+        stored: Tensor = self.model.language_model.norm.weight  # type: ignore[union-attr, assignment]
+        return stored.float() + 1.0
+
+    @property
     def action_basis(self) -> Tensor:
         """Action basis of tower "expert", [action_dim, d_model]: `action_out_proj`, one row a dimension of an action."""
         return self.model.pi0.action_out_proj.weight
@@ -181,15 +187,15 @@ class Pi0Policy:
 
     @cached_property
     def model_hash(self) -> str:
-        """sha256 hex of every down_proj of both towers, the token basis and the action basis."""
-        named = [
-            (f"{tower.name}.{i}.down_proj", module.weight)  # type: ignore[attr-defined]
-            for tower in self.towers.values()
-            for i, module in enumerate(tower.down_projs)
-        ]
-        return hash_of(
-            [*named, (f"{PREFIX}.unembedding", self.unembedding), (f"{EXPERT}.action_basis", self.action_basis)]
+        """sha256 hex of the prefix's down_projs, the token basis, and the expert's down_projs.
+
+        The action basis is left out: published files hold it in another precision than the rest.
+        """
+        prefix, expert = (
+            {f"{name}.{i}.down_proj": module.weight for i, module in enumerate(self.towers[name].down_projs)}  # type: ignore[attr-defined]
+            for name in (PREFIX, EXPERT)
         )
+        return hash_matrices({**prefix, f"{PREFIX}.unembedding": self.unembedding, **expert})
 
     def announce_roles_to(self, listener: TokenRoles | None) -> None:
         """Set (or clear) who is told the token roles before each forward of either tower."""
