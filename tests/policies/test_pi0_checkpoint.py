@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -150,6 +151,22 @@ def test_lerobots_and_openpis_configurations_are_the_published_size(tmp_path: Pa
     assert parse_config(openpi, tmp_path) == PI0
     parsed = parse_config(lerobot, tmp_path)
     assert (parsed.prefix, parsed.expert, parsed.chunk, parsed.action_steps) == (PI0.prefix, PI0.expert, 50, 50)
+
+
+def test_what_transformers_itself_saves_loads(tmp_path: Path) -> None:
+    from transformers import PI0ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = fabricate_pi0.tiny_config(max_cameras=3)
+    theirs = PI0ForConditionalGeneration(transformers_config(config))
+    theirs.save_pretrained(tmp_path / "saved")
+    network, report = load_checkpoint(tmp_path / "saved")
+    ours = {name.removeprefix("pi0."): p for name, p in network.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        if name != "model.dit.embed_tokens.weight":
+            assert torch.equal(parameter, ours[name]), name
+    assert dataclasses.replace(network.config, trained=False, name="tiny-pi0", bos_token_id=1) == config
+    assert report.absent == ()
 
 
 def test_shards_and_their_index_load(tmp_path: Path) -> None:

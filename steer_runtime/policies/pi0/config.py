@@ -179,7 +179,8 @@ def read_config(path: Path) -> Pi0Config:
 def parse_config(raw: Mapping[str, Any], where: Path) -> Pi0Config:
     """Configuration from the content of a `config.json`; where: the checkpoint, for the refusal of a sister model.
 
-    LeRobot names the policy in `type`; openpi's files have none, and say `action_horizon` for the chunk.
+    LeRobot names the policy in `type`, transformers in `model_type`; openpi's files have neither, and say
+    `action_horizon` for the chunk.
     """
     kind = str(raw.get("type", raw.get("model_type", "pi0"))).lower()
     sister = _SISTERS.get(kind) or ("pi0.5" if raw.get("pi05") else None)
@@ -209,6 +210,7 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> Pi0Config:
         "max_period": float(raw.get("max_period", PI0.max_period)),
         "action_steps": None if raw.get("n_action_steps") is None else int(raw["n_action_steps"]),
     }
+    values |= _transformers_sizes(raw)
     for name in ("prefix", "expert"):
         if name in ours:
             values[name] = GemmaSize(**ours.pop(name))
@@ -252,6 +254,42 @@ def _variant(raw: Mapping[str, Any], key: str, default: str) -> GemmaSize:
             "bad_model_config", f"config.json has {key} {name[:40]!r}: expected one of {', '.join(_VARIANTS)}"
         )
     return _VARIANTS[name]
+
+
+def _transformers_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that transformers' `PI0Config` spells out, as far as it does; LeRobot's and openpi's files have none."""
+    found: dict[str, Any] = {}
+    vlm = raw.get("vlm_config") or {}
+    for name, text in (("prefix", vlm.get("text_config")), ("expert", raw.get("dit_config"))):
+        if text:
+            heads = int(text["num_attention_heads"])
+            found[name] = GemmaSize(
+                d_model=int(text["hidden_size"]),
+                d_ff=int(text["intermediate_size"]),
+                layers=int(text["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(text.get("num_key_value_heads", heads)),
+                head_dim=int(text.get("head_dim", 256)),
+                activation=str(text.get("hidden_act", GELU)),
+                rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+            )
+    text, vision = vlm.get("text_config") or {}, vlm.get("vision_config")
+    if "vocab_size" in text:
+        found["vocab"] = int(text["vocab_size"])
+    if "rope_parameters" in text:
+        found["rope_theta"] = float(text["rope_parameters"]["rope_theta"])
+    if "bos_token_id" in text:
+        found["bos_token_id"] = int(text["bos_token_id"])
+    if vision:
+        found["vision"] = SiglipSize(
+            hidden=int(vision["hidden_size"]),
+            mlp=int(vision["intermediate_size"]),
+            layers=int(vision["num_hidden_layers"]),
+            heads=int(vision["num_attention_heads"]),
+            image=int(vision["image_size"]),
+            patch=int(vision["patch_size"]),
+        )
+    return found
 
 
 def _require_plain_normalisation(raw: Mapping[str, Any], where: Path) -> None:

@@ -1,7 +1,8 @@
 """Names of the published Pi0 tensors, and where each goes in our module.
 
 Invariant: one translation serves loading and saving, so they cannot disagree; whether a key has LeRobot's leading
-`model.`, and whether SigLIP's keys have the `vision_model.` of older exports, makes no difference.
+`model.`, whether SigLIP's keys have the `vision_model.` of older exports and the prefix's the second `model.` that
+transformers 5 saves, makes no difference.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(f"^{_ROOT}{published}"), ours)
     for published, ours in (
         (r"paligemma_with_expert\.paligemma\.model\.vision_tower\.vision_model\.", "pi0.model.vlm.vision_tower."),
+        (r"paligemma_with_expert\.paligemma\.model\.language_model\.model\.", "pi0.model.vlm.language_model."),
         (r"paligemma_with_expert\.paligemma\.model\.", "pi0.model.vlm."),
         (r"paligemma_with_expert\.paligemma\.lm_head\.weight$", EMBEDDING),
         (r"paligemma_with_expert\.gemma_expert\.model\.", "pi0.model.dit."),
