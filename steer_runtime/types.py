@@ -187,8 +187,9 @@ class Policy(Protocol):
     def model_hash(self) -> str:
         """sha256 hex of what directions depend on: down_proj weights and token basis."""
 
-    def reset(self) -> None:
-        """Forget everything of the running episode."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget everything of the running episode. seed: of whatever the policy draws in the next one, so that it can be
+        run again, steered or not; None draws anew."""
 
     def infer(self, observation: Observation) -> ActionChunk:
         """One inference. Raises SteerError for an observation that does not fit the policy."""

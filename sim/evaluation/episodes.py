@@ -181,7 +181,7 @@ def run_trial(
     instruction = scene.instruction(target, moved)
     if trial.concepts:
         instruction = say(instruction, choose(trial.concepts, trial.seed, setting.split))
-    actor = PolicyActor(policy, scene, instruction, size=setting.size, infer=infer)
+    actor = PolicyActor(policy, scene, instruction, size=setting.size, infer=infer, seed=trial.seed)
     motion = drive(scene, state, settle, target, targets, actor, setting)
     return {
         **asdict(trial),

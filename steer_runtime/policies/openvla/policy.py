@@ -160,8 +160,11 @@ class OpenVLAPolicy:
         """Set (or clear) who is told the token roles before each forward of tower "lm"."""
         self._listener = listener
 
-    def reset(self) -> None:
-        """Forget the last gripper command, all that is remembered, and only where proprioception is a token."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the last gripper command, all that is remembered, and only where proprioception is a token.
+
+        Nothing is drawn, so a seed makes no difference.
+        """
         self._gripper = OPEN
 
     def told_gripper(self, command: float) -> None:
