@@ -46,7 +46,7 @@ class LanguageModel:
         generator = torch.Generator().manual_seed(0)
         self.embeddings = torch.randn(1, PREFILL, config.hidden_size, generator=generator) * 0.1
 
-    def reset(self) -> None: ...
+    def reset(self, seed: int | None = None) -> None: ...
 
     def infer(self, observation: Observation) -> ActionChunk:
         raise NotImplementedError("a bare language model has no actions")

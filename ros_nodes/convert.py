@@ -84,8 +84,11 @@ def span_from_mask(mask: int) -> frozenset[Role] | None:
 def command_to_msg(command: SteeringCommand) -> SteeringCommandMsg:
     """A typed message: ramp_s None becomes -1 (the engine's default), hold_s None becomes 0 (until cleared).
 
-    Raises SteerError('bad_field') for a number beyond the message's integers, such as a priority of 200.
+    Raises SteerError('bad_field') for a number beyond the message's integers, such as a priority of 200, and
+    'bad_steps' for a command that names steps, which the message has no place for.
     """
+    if command.steps is not None:
+        raise SteerError("bad_steps", "a typed command cannot name steps: publish it as JSON on `command_json`")
     # Messages wrap integers that do not fit, without a word.
     for label, value, low, high in (
         ("epoch", command.epoch, 0, 2**64 - 1),
@@ -148,6 +151,7 @@ class _JsonCommand(BaseModel):
     hold_s: float | None = None
     priority: Annotated[int, Field(ge=-128, le=127)] = 0
     span: list[Role] | None = None
+    steps: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
 
 
 def command_from_json(text: str) -> SteeringCommand:
@@ -176,7 +180,8 @@ def command_from_json(text: str) -> SteeringCommand:
             "bad_field", f"field {name[:80]!r} of the command: {first['msg']}; correct it and send again"
         ) from error
     span = None if checked.span is None else frozenset(checked.span)
-    return SteeringCommand(**{**checked.model_dump(exclude={"span"}), "span": span})
+    steps = None if checked.steps is None else (checked.steps[0], checked.steps[1])
+    return SteeringCommand(**{**checked.model_dump(exclude={"span", "steps"}), "span": span, "steps": steps})
 
 
 def command_to_json(command: SteeringCommand) -> str:

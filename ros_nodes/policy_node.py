@@ -86,6 +86,11 @@ class PolicyParameters:
     verdict_rate_hz: float = parameter(
         100.0, "acceptances published a second and source; further ones are counted", low=1.0, high=1000.0, live=True
     )
+    restart_on_command: bool = parameter(
+        False,
+        "an accepted command begins the running inference anew, so that the next chunk carries it; policies that cannot "
+        "stop between their steps finish it",
+    )
     max_restarts: int = parameter(3, "failures of the policy that are answered by a restart", low=0, high=100)
     command_max_age_s: float = parameter(1.0, "an older command is refused", low=0.01, high=60.0)
     command_max_future_s: float = parameter(0.2, "a command stamped further ahead is refused", low=0.0, high=60.0)
@@ -379,7 +384,11 @@ class PolicyNode(LifecycleNode):
         except SteerError as error:
             self._answer(self._refusal(error, source, epoch, sequence))
             return
-        self._answer(self._require_loaded().engine.apply(command))
+        loaded = self._require_loaded()
+        verdict = loaded.engine.apply(command)
+        if verdict.accepted and self._settings.restart_on_command:
+            loaded.loop.restart()
+        self._answer(verdict)
 
     def _refusal(self, error: SteerError, source: str, epoch: int, sequence: int) -> Verdict:
         if self._loaded is not None:

@@ -22,6 +22,7 @@ from std_msgs.msg import Header, String
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
 from steer_msgs.msg import EpisodeStatus
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
+from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
 
 from ros_nodes.convert import (
     Camera,
@@ -37,9 +38,10 @@ from ros_nodes.convert import (
 )
 from ros_nodes.guard import Complaints, guarded
 from ros_nodes.parameters import declare, parameter
-from ros_nodes.qos import ACTION, DIAGNOSTICS, LATCHED, SENSOR
+from ros_nodes.qos import ACTION, DIAGNOSTICS, LATCHED, SENSOR, VERDICT
+from steer_runtime.chunk_queue import ON_STEERING, ChunkQueue, QueueSettings
 from steer_runtime.errors import SteerError
-from steer_runtime.types import ActionChunk, ActionSpace
+from steer_runtime.types import ActionChunk, ActionSpace, SteeringStamp
 
 WAIT_TICK_S = 0.02
 """How often the lockstep robot looks at its timeout; actions wake it by themselves."""
@@ -95,10 +97,18 @@ class RobotParameters:
     )
     replan_steps: int = parameter(
         0,
-        "rows of a chunk to execute before the next frame (lockstep); 0 is the whole chunk, and less puts a policy that "
-        "remembers the gripper command at its chunk's end out of step with its gripper",
+        "lockstep: rows of a chunk to execute before the next frame, 0 is the whole chunk, and less puts a policy that "
+        "remembers the gripper command at its chunk's end out of step with its gripper; free: control steps from the frame "
+        "of one chunk to that of the next, while the rows of the last one go on, each at its own step; 0 shows a frame in "
+        "every step, and a chunk begins with its first row whenever it comes",
         low=0,
         high=100,
+    )
+    on_steering: str = parameter(
+        "wait",
+        "what an accepted command does to the rows that wait (free, with replan_steps): wait: nothing; replan: the next "
+        "frame is shown at once; flush: so, and they are dropped",
+        choices=ON_STEERING,
     )
     rate_hz: float = parameter(20.0, "control steps a second on the wall clock (free)", low=0.1, high=1000.0)
     action_timeout_s: float = parameter(
@@ -143,6 +153,9 @@ class RobotNode(Node):
         self._started = False
         self._owner: tuple[str, float] | None = None
         self._chunk: _Chunk | None = None
+        self._queue: ChunkQueue | None = None
+        self._asked: tuple[int, int] | None = None  # stamp and tick of the frame that the queue waits for
+        self._steering_epoch: int | None = None  # engine session that the last chunk came from
         self._gripper = 0.0
 
         self._image_pubs: dict[str, Any] = {}
@@ -154,6 +167,8 @@ class RobotNode(Node):
         self._episode_pub = self.create_publisher(EpisodeStatus, "episode", DIAGNOSTICS)
         self.create_subscription(ActionChunkMsg, "actions", self._on_actions, ACTION)
         free = self._settings.mode == "free"
+        if free and self._settings.replan_steps and self._settings.on_steering != "wait":
+            self.create_subscription(SteeringVerdictMsg, "verdict", self._on_verdict, VERDICT)
         self.create_timer(1.0 / self._settings.rate_hz if free else WAIT_TICK_S, self._tick)
 
     def close(self) -> None:
@@ -182,6 +197,7 @@ class RobotNode(Node):
             if self._robot is None:
                 self._robot = self._make()
             frame = self._robot.reset()
+            self._begin_queue(self._robot.action_space)
         except SteerError as error:
             self.get_logger().error(f"cannot start: {error.sentence}")
             self.exit_code = 1
@@ -193,6 +209,18 @@ class RobotNode(Node):
         self._gripper = self._robot.action_space.gripper_open
         self._chunk = None
         self._show(frame)
+
+    def _begin_queue(self, space: ActionSpace) -> None:
+        settings = self._settings
+        if settings.mode != "free" or not settings.replan_steps:
+            return
+        self._asked = None
+        if self._queue is not None:
+            self._queue.reset()
+            return
+        patience = max(1, round(settings.action_timeout_s * settings.rate_hz))
+        wanted = QueueSettings(settings.replan_steps, settings.on_steering, patience=patience)  # type: ignore[arg-type]
+        self._queue = ChunkQueue(space, wanted)
 
     def _describe(self, robot: Robot, frame: Frame) -> None:
         cameras = tuple(Camera(name, image.shape[1], image.shape[0]) for name, image in frame.images.items())
@@ -224,7 +252,21 @@ class RobotNode(Node):
             )
             self._hold()
 
+    def _run_queued(self, queue: ChunkQueue) -> None:
+        """One control step: what belongs to it, and a frame after it when the next inference is due."""
+        now = queue.next()
+        if now.hold:
+            self._hold_steps += 1
+            if self._started:
+                self.complaints.warn("no_action", f"no action for this step ({now.hold}): holding")
+            elif self._asked is not None and queue.tick - self._asked[1] >= REPEAT_S * self._settings.rate_hz:
+                queue.fail()  # nobody listened yet: the frame is shown again
+        self._execute(now.action, show=queue.due())
+
     def _run_freely(self) -> None:
+        if self._queue is not None:
+            self._run_queued(self._queue)
+            return
         running = self._chunk
         if running is not None:
             horizon_s = (len(running.chunk.actions) + 1) / self._settings.rate_hz
@@ -305,6 +347,10 @@ class RobotNode(Node):
             )
         self._owner = (message.instance_id, time.monotonic())
         self._started = True
+        self._steering_epoch = chunk.steering.epoch
+        if self._queue is not None:
+            self._enqueue(self._queue, chunk)
+            return
         if not lockstep:
             self._chunk = _Chunk(chunk, time.monotonic())
             return
@@ -313,6 +359,22 @@ class RobotNode(Node):
             self._execute(row, show=index == len(rows) - 1)
             if self._frame is None:
                 return
+
+    def _enqueue(self, queue: ChunkQueue, chunk: ActionChunk) -> None:
+        if self._asked is None or chunk.observation_stamp_ns != self._asked[0]:
+            raise SteerError("late_chunk", "an action chunk answers another frame than the awaited one; it is dropped")
+        arrival = queue.offer(chunk, self._asked[1])
+        self._asked = None
+        if arrival.refused:
+            raise SteerError(
+                f"{arrival.refused}_chunk",
+                f"an action chunk came {arrival.delay} steps after its frame and is {arrival.refused}; it is dropped",
+            )
+
+    @guarded
+    def _on_verdict(self, message: SteeringVerdictMsg) -> None:
+        if message.accepted and self._queue is not None and message.steering_epoch == self._steering_epoch:
+            self._queue.steering_changed(SteeringStamp(message.steering_epoch, message.steering_sequence))
 
     def _require_owner(self, message: ActionChunkMsg) -> None:
         """One policy at a time: another one is heard only after the first has been silent for the lease."""
@@ -340,6 +402,8 @@ class RobotNode(Node):
         self._gripper_pub.publish(joints_to_msg(frame.joint_names[-2:], frame.gripper_qpos, stamp))
         self._pose_pub.publish(pose_to_msg(frame.eef_position, frame.eef_quaternion, stamp, "world"))
         self._published_s = time.monotonic()
+        if self._queue is not None:
+            self._asked = (self._stamp_ns, self._queue.begin())
 
     def _publish_status(self) -> None:
         frame = self._frame

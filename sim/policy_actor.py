@@ -28,7 +28,7 @@ class PolicyActor:
     """An `Actor` of `sim.rollout`: one inference a chunk, every action of the chunk executed before the next one.
 
     infer: how an observation becomes a chunk, by default `policy.infer`; a steered one latches the engine first.
-    inferences: how many there were. said: the words of each of them, for policies that say how they move.
+    seed: of what the policy draws in this episode, None draws anew. inferences: how many there were. said: the words of each of them, for policies that say how they move.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class PolicyActor:
         *,
         size: int = CAMERA_SIZE,
         infer: Callable[[Observation], ActionChunk] | None = None,
+        seed: int | None = None,
     ) -> None:
         self._policy, self._scene, self._instruction, self._size = policy, scene, instruction, size
         self._infer = infer or policy.infer
@@ -46,7 +47,7 @@ class PolicyActor:
         self._step = 0
         self.inferences = 0
         self.said: list[tuple[str, ...]] = []
-        policy.reset()
+        policy.reset(seed)
 
     def __call__(self, snapshot: Snapshot | None = None, advice: Decision | None = None) -> np.ndarray:
         """float64 [7] in [-1, 1] to execute now; what others see and advise is not looked at."""

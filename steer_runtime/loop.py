@@ -57,6 +57,8 @@ class InferenceLoop:
         self._condition = threading.Condition()
         self._newest: tuple[Observation, float] | None = None
         self._stopping = False
+        self._again = False  # the running inference was begun anew once
+        self._restarting = False
         self._thread: threading.Thread | None = None
         self._state: LoopState = "idle"
         self._restarts = 0
@@ -67,6 +69,7 @@ class InferenceLoop:
                     "dropped_observations",
                     "refused_observations",
                     "inferences",
+                    "cancelled_inferences",
                     "policy_errors",
                     "bad_actions",
                     *COUNTED_NOTES,
@@ -92,6 +95,7 @@ class InferenceLoop:
         self._stopping = False
         self._restarts = 0
         self._newest = None
+        self._again = self._restarting = False
         self._policy.reset()
         if not self._engine.attached:
             self._engine.attach()
@@ -107,6 +111,23 @@ class InferenceLoop:
                 self._counters["dropped_observations"] += 1
             self._newest = (observation, self._clock())
             self._condition.notify()
+
+    def restart(self) -> None:
+        """Begin the running inference anew, under the newest steering, on the newest observation; any thread.
+
+        Only where the policy can stop between its steps (it has `cancel`), and once until a chunk comes out, lest a
+        stream of commands keeps any from coming.
+        """
+        with self._condition:
+            if self._again or self._stopping:
+                return
+            self._restarting = True
+        self._cancel()
+
+    def _cancel(self) -> None:
+        cancel = getattr(self._policy, "cancel", None)
+        if cancel is not None:
+            cancel()
 
     def hold(self, sentence: str) -> None:
         """Say that observations stopped coming; the next inference resumes by itself."""
@@ -124,6 +145,7 @@ class InferenceLoop:
             self._newest = None
             self._condition.notify()
         if thread is not None:
+            self._cancel()
             thread.join(timeout_s)
             if thread.is_alive():
                 raise SteerError(
@@ -153,6 +175,9 @@ class InferenceLoop:
         try:
             chunk = self._policy.infer(observation)
         except SteerError as error:
+            if error.code == "cancelled":
+                self._take_again(observation, received_s)
+                return
             self._count("refused_observations")
             self._hold_after(LoopEvent(error.code, error.sentence))
             return
@@ -174,10 +199,19 @@ class InferenceLoop:
         with self._condition:
             self._counters["inferences"] += 1
             self._counters.update({name: int(notes.get(name, 0)) for name in COUNTED_NOTES})
+            self._again = self._restarting = False
             if self._stopping:
                 return
             self._state = "running"
         self._on_chunk(stamped)
+
+    def _take_again(self, observation: Observation, received_s: float) -> None:
+        """After a cancelled inference: its observation waits again, unless a newer one does or the loop ends."""
+        with self._condition:
+            self._counters["cancelled_inferences"] += 1
+            self._again, self._restarting = self._restarting, False
+            if self._newest is None and not self._stopping:
+                self._newest = (observation, received_s)
 
     def _recover(self, error: Exception) -> bool:
         """Hooks off and hold; restart while allowed. False ends the thread."""

@@ -130,7 +130,8 @@ class Tower:
 
     down_projs[i]: the torch Linear at `mlp.down_proj` of layer i ([d_model, d_ff]); value vector j is its column j.
     residual_sites: modules whose output is the residual stream: the embedding entry first, then one per layer.
-    first_steerable .. last_steerable: layers where a change can reach the action (inclusive).
+    last_steerable: the last layer whose FFN can reach the action, None where every layer can; residual site
+    last_steerable + 1 is then the last one that can. why_dead: why nothing later can, for a refusal.
     """
 
     name: str
@@ -140,10 +141,22 @@ class Tower:
     d_ff: int
     max_tokens: int  # longest forward (prefill) in tokens
     firings_per_inference: int  # forwards of this tower in one inference; OpenVLA: 7
+    last_steerable: int | None = None
+    why_dead: str = ""
 
     @property
     def layers(self) -> int:
         return len(self.down_projs)
+
+    @property
+    def steerable_layers(self) -> range:
+        """Layers where a write at the input of `down_proj` can reach the action."""
+        return range(self.layers if self.last_steerable is None else self.last_steerable + 1)
+
+    @property
+    def steerable_sites(self) -> range:
+        """Residual sites where an added vector can reach the action."""
+        return range(len(self.steerable_layers) + 1)
 
 
 @runtime_checkable
@@ -174,8 +187,9 @@ class Policy(Protocol):
     def model_hash(self) -> str:
         """sha256 hex of what directions depend on: down_proj weights and token basis."""
 
-    def reset(self) -> None:
-        """Forget everything of the running episode."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget everything of the running episode. seed: of whatever the policy draws in the next one, so that it can be
+        run again, steered or not; None draws anew."""
 
     def infer(self, observation: Observation) -> ActionChunk:
         """One inference. Raises SteerError for an observation that does not fit the policy."""

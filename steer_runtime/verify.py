@@ -22,7 +22,8 @@ from steer_runtime.types import Observation, Policy, Tower
 
 
 class VerifiablePolicy(Policy, Protocol):
-    """A policy that also shows its module and the logits of its decoding steps [steps, vocabulary]."""
+    """A policy that also shows its module and what it computes last, unrounded: the logits of decoding steps
+    [steps, vocabulary], or of a flow policy the normalised actions [chunk, dims]."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -62,44 +63,31 @@ def verify(
 def _checks(
     policy: VerifiablePolicy, observation: Observation, rng: np.random.Generator, progress: Callable[[str], None]
 ) -> Iterator[Check]:
-    tower = next(iter(policy.towers.values()))
-    override = _random_override(policy, tower, rng)
+    towers = list(policy.towers.values())
+    overrides = [_random_override(policy, tower, rng, tower.steerable_layers) for tower in towers]
     progress("unsteered reference")
     weights_before = weights_hash(policy.model)
     hooks_before = hooks_on(policy.model)
     unsteered = policy.logits(observation)
 
-    def forward() -> Tensor:
-        return policy.logits(observation)
-
-    with OfflineSteering(policy, [override]) as steering:
+    with OfflineSteering(policy, overrides) as steering:
         progress("hooks fire")
-        off, record = steering.run(forward)
+        off, record = steering.run(lambda: policy.logits(observation))
+        counted = ", ".join(
+            f"{'' if len(towers) == 1 else f'{tower.name} '}{tower.layers} down_proj and {tower.layers + 1} residual sites, {tower.firings_per_inference} forwards each"
+            for tower in towers
+        )
         yield Check(
             "hooks fire",
             record.firings == record.expected_firings > 0,
-            f"{record.firings} of {record.expected_firings} calls: {tower.layers} down_proj and {tower.layers + 1} "
-            f"residual sites, {tower.firings_per_inference} forwards each",
+            f"{record.firings} of {record.expected_firings} calls: {counted}",
         )
         yield Check("off is bit-identical", torch.equal(unsteered, off), _difference(unsteered, off))
 
-        progress("the seed's override")
-        steering.set({override.name: 1.0})
-        steered, written = steering.run(forward)
-        steering.set({})
-        cleared, _ = steering.run(forward)
-
-    with seed_override(tower, override):
-        reference = policy.logits(observation)
-    yield Check(
-        "the seed's override, bit for bit",
-        torch.equal(steered, reference) and not torch.equal(steered, unsteered),
-        f"{_difference(reference, steered)} against the seed's hook, {_difference(unsteered, steered)} against unsteered",
-    )
-    expected = len(override.neurons or ()) * sum(count for _, count in written.tokens)
-    writes = sum(site.writes for site in written.sites)
-    yield Check("the trace counts every write", writes == expected, f"{writes} of {expected} values")
-    yield Check("clearing is exact", torch.equal(unsteered, cleared), _difference(unsteered, cleared))
+    for tower, override in zip(towers, overrides, strict=True):
+        of_tower = "" if len(towers) == 1 else f" ({tower.name})"
+        progress(f"the seed's override{of_tower}")
+        yield from _override_checks(policy, observation, tower, override, unsteered, of_tower)
 
     progress("detaching")
     after = policy.logits(observation)
@@ -112,6 +100,41 @@ def _checks(
     )
 
 
+def _override_checks(
+    policy: VerifiablePolicy,
+    observation: Observation,
+    tower: Tower,
+    override: Direction,
+    unsteered: Tensor,
+    of_tower: str,
+) -> Iterator[Check]:
+    with OfflineSteering(policy, [override]) as steering:
+        steering.set({override.name: 1.0})
+        steered, written = steering.run(lambda: policy.logits(observation))
+        steering.set({})
+        cleared, _ = steering.run(lambda: policy.logits(observation))
+    with seed_override(tower, override):
+        reference = policy.logits(observation)
+    yield Check(
+        f"the seed's override, bit for bit{of_tower}",
+        torch.equal(steered, reference) and not torch.equal(steered, unsteered),
+        f"{_difference(reference, steered)} against the seed's hook, {_difference(unsteered, steered)} against unsteered",
+    )
+    expected = len(override.neurons or ()) * dict(written.tower_tokens)[tower.name]
+    writes = sum(site.writes for site in written.sites)
+    yield Check(f"the trace counts every write{of_tower}", writes == expected, f"{writes} of {expected} values")
+    yield Check(f"clearing is exact{of_tower}", torch.equal(unsteered, cleared), _difference(unsteered, cleared))
+    dead = range(tower.steerable_layers.stop, tower.layers)
+    if dead:
+        with seed_override(tower, _random_override(policy, tower, np.random.default_rng(0), dead)):
+            still = policy.logits(observation)
+        yield Check(
+            f"layers that are refused reach nothing{of_tower}",
+            torch.equal(unsteered, still),
+            f"layers {dead.start} to {dead.stop - 1} overridden all the same: {_difference(unsteered, still)}",
+        )
+
+
 def weights_hash(module: nn.Module) -> str:
     """sha256 hex over names and bytes of all parameters and buffers of a module."""
     digest = hashlib.sha256()
@@ -121,12 +144,12 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _random_override(policy: Policy, tower: Tower, rng: np.random.Generator) -> Direction:
-    """Twenty random neurons of the tower at the seed's alpha, in the form of a seed cluster."""
-    count = min(20, tower.layers * tower.d_ff)
-    flat = np.sort(rng.choice(tower.layers * tower.d_ff, count, replace=False))
+def _random_override(policy: Policy, tower: Tower, rng: np.random.Generator, layers: range) -> Direction:
+    """Twenty random neurons of these layers at the seed's alpha, in the form of a seed cluster."""
+    count = min(20, len(layers) * tower.d_ff)
+    flat = layers.start * tower.d_ff + np.sort(rng.choice(len(layers) * tower.d_ff, count, replace=False))
     return Direction(
-        name="verify-random",
+        name=f"verify-random-{tower.name}",
         tower=tower.name,
         model_hash=policy.model_hash,
         layers=tower.layers,

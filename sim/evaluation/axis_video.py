@@ -122,7 +122,7 @@ def video(
     from sim.evaluation.episodes import Setting, Trial, chosen_tasks, start
     from sim.scene import Scene
     from sim.video import mp4, side_by_side
-    from steer_runtime.policies import load_policy
+    from steer_runtime.policies import load_policy, require_openvla
 
     setting = Setting(suite=suite, meshes=meshes, size=size, limit=limit)  # type: ignore[arg-type]
     (chosen,) = chosen_tasks(suite, [task])
@@ -130,7 +130,7 @@ def video(
     wanted = options.strengths(strengths)
     require_versions()
     use_software_rendering()
-    loaded = load_policy(policy, checkpoint=checkpoint)
+    loaded = require_openvla(load_policy(policy, checkpoint=checkpoint), "steer eval video")
     spec = making.spec(loaded, axis, form, options.words(span), layers, count, alpha, site, norm)
     draws = making.make(loaded, spec, making.basis_of(loaded, axis), 0, 0)
     panels = []

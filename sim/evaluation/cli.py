@@ -17,6 +17,7 @@ from sim.options import task_ids, words
 if TYPE_CHECKING:
     from sim.evaluation.episodes import Setting, Trial
     from sim.evaluation.statistics import Line
+    from steer_runtime.policies import LoadedPolicy
     from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
 app = typer.Typer(name="eval", help="Measure what a policy can do, in process.", no_args_is_help=True)
@@ -165,7 +166,7 @@ def rate(
 
     use_software_rendering()
     setting = _setting(suite=suite, size=size)
-    loaded = load(policy, checkpoint)
+    loaded = load_openvla(policy, checkpoint, "steer eval rate")
     with Scene(suite, 0, render=True) as scene:
         scene.begin(scene.task.initial_states[0])
         observation = observation_of(scene, scene.task.instruction, size)
@@ -197,7 +198,7 @@ def labels(
     from steer_runtime.cli.pocket import parse_layers
     from steer_runtime.policies.pocket import smollm2_base
 
-    loaded = load(policy, checkpoint)
+    loaded = load_openvla(policy, checkpoint, "steer eval labels")
     base = surviving.require_base(loaded, smollm2_base(parse_layers(kept)) if kept else None)
     chosen = tuple(parse_layers(layers)) if layers else surviving.late_layers(base)
     with bar("layers", len(chosen)) as tick:
@@ -269,7 +270,7 @@ def axis(
     setting = _setting(suite=suite, meshes=meshes, size=size, limit=limit)
     chosen = runs.chosen_tasks(suite, task_ids(tasks))
     use_software_rendering()
-    loaded = load(policy, checkpoint)
+    loaded = load_openvla(policy, checkpoint, "steer eval axis")
     spec = making.spec(loaded, axis, form, words(span), layers, count, alpha, site, norm)
     basis = making.basis_of(loaded, axis)
     draws = making.make(loaded, spec, basis, random_draws, seed)
@@ -367,14 +368,21 @@ class _Run:
         finish(loaded, path, configuration, summarise(rows), rows)
 
 
-def load(policy: str, checkpoint: Path | None) -> OpenVLAPolicy:
+def load(policy: str, checkpoint: Path | None) -> LoadedPolicy:
     """The policy of a YAML or a bare name."""
     from steer_runtime.policies import load_policy
 
     return load_policy(policy, checkpoint=checkpoint)
 
 
-def results_path(policy: OpenVLAPolicy, name: str, out: Path | None) -> Path:
+def load_openvla(policy: str, checkpoint: Path | None, what: str) -> OpenVLAPolicy:
+    """The same for `what` reads more than actions. Raises SteerError('other_policy')."""
+    from steer_runtime.policies import require_openvla
+
+    return require_openvla(load(policy, checkpoint), what)
+
+
+def results_path(policy: LoadedPolicy, name: str, out: Path | None) -> Path:
     """--out, or out/eval/<policy>-<name>.jsonl. Raises SteerError('bad_out') for a name that does not end in .jsonl."""
     from steer_runtime.errors import SteerError
 
@@ -384,7 +392,7 @@ def results_path(policy: OpenVLAPolicy, name: str, out: Path | None) -> Path:
 
 
 def finish(
-    policy: OpenVLAPolicy,
+    policy: LoadedPolicy,
     path: Path,
     configuration: Mapping[str, Any],
     lines: Sequence[Line],
@@ -408,7 +416,7 @@ def finish(
 
 
 def _finish_without_episodes(
-    policy: OpenVLAPolicy,
+    policy: LoadedPolicy,
     command: str,
     out: Path | None,
     setting: Setting | None,

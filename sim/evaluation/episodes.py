@@ -25,7 +25,7 @@ from sim.policy_actor import CAMERA_SIZE, PolicyActor
 from sim.scene import Scene
 from sim.wordings import Concept, Split, choose, say
 from steer_runtime.errors import SteerError, nearest
-from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+from steer_runtime.policies import LoadedPolicy
 from steer_runtime.results import Results
 from steer_runtime.types import ActionChunk, Observation
 
@@ -136,7 +136,7 @@ def chosen_tasks(suite: str, tasks: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def run_trials(
-    policy: OpenVLAPolicy,
+    policy: LoadedPolicy,
     trials: Sequence[Trial],
     setting: Setting,
     results: Results,
@@ -164,7 +164,7 @@ def run_trials(
 
 
 def run_trial(
-    policy: OpenVLAPolicy, scene: Scene, targets: Sequence[str], trial: Trial, setting: Setting, infer: Infer
+    policy: LoadedPolicy, scene: Scene, targets: Sequence[str], trial: Trial, setting: Setting, infer: Infer
 ) -> dict[str, Any]:
     """One episode's line: the trial, what was asked, the `Motion`, what the policy said (word -> inferences), seconds.
 
@@ -181,7 +181,7 @@ def run_trial(
     instruction = scene.instruction(target, moved)
     if trial.concepts:
         instruction = say(instruction, choose(trial.concepts, trial.seed, setting.split))
-    actor = PolicyActor(policy, scene, instruction, size=setting.size, infer=infer)
+    actor = PolicyActor(policy, scene, instruction, size=setting.size, infer=infer, seed=trial.seed)
     motion = drive(scene, state, settle, target, targets, actor, setting)
     return {
         **asdict(trial),
@@ -244,7 +244,7 @@ def drive(
     return watch.motion()
 
 
-def identity(policy: OpenVLAPolicy) -> dict[str, str]:
+def identity(policy: LoadedPolicy) -> dict[str, str]:
     """What a result is tied to: name and sha256 of all weights and of the action statistics."""
     digest = hashlib.sha256(repr(policy.statistics).encode())
     for name, value in sorted(policy.model.state_dict().items()):
@@ -253,7 +253,7 @@ def identity(policy: OpenVLAPolicy) -> dict[str, str]:
     return {"name": policy.name, "sha256": digest.hexdigest()}
 
 
-def configuration(policy: OpenVLAPolicy, command: str, setting: Setting | None, **more: Any) -> dict[str, Any]:
+def configuration(policy: LoadedPolicy, command: str, setting: Setting | None, **more: Any) -> dict[str, Any]:
     """The first line of a results file."""
     found = versions()
     # Not known before the first scene is built.

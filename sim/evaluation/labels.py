@@ -10,7 +10,7 @@ import torch
 from sim.evaluation.statistics import Line
 from steer_runtime.directions.comparison import label_survival
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.base import EMBEDDING, PREFIX, BaseConfig, read_base
+from steer_runtime.policies.base import EMBEDDING, PREFIX, BaseConfig, read_base
 from steer_runtime.policies.openvla.policy import TOWER, OpenVLAPolicy
 from steer_runtime.policies.pocket import SMOLLM2_LAYERS
 

@@ -19,8 +19,8 @@ from sim.manner import SLOTS
 from sim.training.settings import PolicyTraining
 from sim.training.vision_weights import TowerFile
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.base import EMBEDDING, layer_tensors, read_base
 from steer_runtime.policies.openvla.actions import read_statistics
-from steer_runtime.policies.openvla.base import EMBEDDING, layer_tensors, read_base
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
 from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel

@@ -39,7 +39,7 @@ def verify(
         loaded = load_policy(policy)
         pixels = _pixels(image)
         observation = Observation(
-            {loaded.camera: pixels}, state=_zeros(), instruction=INSTRUCTION, stamp_ns=0, frame_id=0
+            dict.fromkeys(loaded.cameras, pixels), state=_zeros(), instruction=INSTRUCTION, stamp_ns=0, frame_id=0
         )
         report = run(loaded, observation, seed=seed, progress=lambda name: status.update(name))
     title = f"{loaded.name}{'' if loaded.trained else ' (untrained policy)'}, model {loaded.model_hash[:12]}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ from torch import Tensor
 
 from steer_runtime.directions.projection import Matrix
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.base import EMBEDDING, PREFIX, read_base
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, read_statistics
-from steer_runtime.policies.openvla.base import EMBEDDING, PREFIX, read_base
-from steer_runtime.policies.openvla.checkpoint import DTYPES, STATISTICS, Stored, open_tensors, read_headers, survey
+from steer_runtime.policies.openvla.checkpoint import STATISTICS, survey
 from steer_runtime.policies.openvla.config import read_config
 from steer_runtime.policies.openvla.layout import OWN_ROWS
-from steer_runtime.policies.openvla.policy import load_tokenizer
+from steer_runtime.policies.pi0.config import read_config as read_pi0_config
+from steer_runtime.policies.pi0.layout import OWN_ROWS as PI0_OWN_ROWS
+from steer_runtime.policies.pi0.shell import in_shell
+from steer_runtime.policies.shards import DTYPES, Stored, open_tensors, read_headers
+from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.policies.weight_hash import Progress as HashProgress
 from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import Tower
@@ -37,6 +41,9 @@ _PI0_DOWN = re.compile(
     r"(?:model\.)?(?:paligemma_with_expert\.paligemma\.model|vlm)\.language_model\.layers\.(\d+)\.mlp\.down_proj\.weight"
 )
 """LeRobot's names, and those of transformers' `PI0ForConditionalGeneration`."""
+_PI0_EXPERT_DOWN = re.compile(
+    r"(?:model\.)?(?:paligemma_with_expert\.gemma_expert\.model|dit)\.layers\.(\d+)\.mlp\.down_proj\.weight"
+)
 _GEMMA = {"gemma_300m": (18, 1024, 4096), "gemma_2b": (18, 2048, 16384)}
 """layers, d_model, d_ff of openpi's variants (openpi `models/gemma.py`)."""
 
@@ -75,7 +82,9 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a layout says of a checkpoint. norm: the stored weight; norm_offset: what the architecture adds to it."""
+    """What a layout says of a checkpoint. norm: the stored weight; norm_offset: what the architecture adds to it.
+    also: matrices of another tower that the model's hash covers.
+    """
 
     name: str
     trained: bool
@@ -85,6 +94,7 @@ class _Parts:
     norm: Matrix
     norm_offset: float
     action_values: Mapping[int, float]
+    also: Mapping[str, Matrix] = field(default_factory=dict)
 
 
 class CheckpointVectors:
@@ -155,7 +165,8 @@ class CheckpointVectors:
         """The hash that the loaded policy has. All weights concerned are read: seconds for 7B."""
         tower = self._parts.tower
         named: dict[str, Matrix] = {f"{tower}.{i}.down_proj": m for i, m in enumerate(self._parts.down_projs)}
-        return hash_matrices({**named, f"{tower}.unembedding": self.unembedding}, progress=self._hash_progress)
+        hashed = {**named, f"{tower}.unembedding": self.unembedding, **self._parts.also}
+        return hash_matrices(hashed, progress=self._hash_progress)
 
 
 def _kind(path: Path) -> str:
@@ -210,6 +221,8 @@ def _openvla(directory: Path) -> _Parts:
 def _pi0(directory: Path) -> _Parts:
     stored = read_headers(directory)
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if (raw.get("steer_runtime") or {}).get("base"):
+        return _pi0_beside_base(directory, stored)
     layers = {int(match[1]): key for key in stored if (match := _PI0_DOWN.fullmatch(key))}
     expected = _pi0_sizes(raw)
     count = expected[0]
@@ -247,16 +260,74 @@ def _pi0(directory: Path) -> _Parts:
     def matrix(key: str) -> StoredMatrix:
         return StoredMatrix(stored[key].file, key, stored[key].shape, dtype)
 
-    name = str(raw.get("name") or directory.resolve().name)
+    own = raw.get("steer_runtime") or {}
     return _Parts(
-        name, True, "prefix", tuple(matrix(layers[i]) for i in range(count)), matrix(rows), matrix(norm), 1.0, {}
+        str(own.get("name") or raw.get("name") or directory.resolve().name),
+        bool(own.get("trained", True)),
+        "prefix",
+        tuple(matrix(layers[i]) for i in range(count)),
+        matrix(rows),
+        matrix(norm),
+        1.0,
+        {},
+        _expert(stored, directory),
     )
+
+
+def _pi0_beside_base(directory: Path, stored: Mapping[str, Stored]) -> _Parts:
+    """A pocket Pi0 whose prefix is a published Llama in a Gemma's shell, left to the Llama's own file."""
+    config = read_pi0_config(directory / "config.json")
+    base = config.base
+    assert base is not None
+    wanted = tuple(n for n in base.tensors if n.endswith("mlp.down_proj.weight") or n == f"{PREFIX}norm.weight")
+    expert = _expert(stored, directory)
+    # As the loaded network has it: all in the dtype of the checkpoint's own tensors.
+    dtype = next(_dtype(entry, key, directory) for key, entry in stored.items())
+    matrices: dict[str, Matrix] = {
+        name: in_shell(name, value).to(dtype)
+        for name, value in read_base(replace(base, tensors=wanted), config.prefix.heads, config.prefix.kv_heads)
+    }
+    layers = [f"{PREFIX}layers.{i}.mlp.down_proj.weight" for i in range(config.prefix.layers)]
+    missing = [name for name in (*layers, f"{PREFIX}norm.weight") if name not in matrices]
+    if missing:
+        raise SteerError(
+            "missing_weights",
+            f"{directory} leaves only part of its prefix to {base.file} ({missing[0]} is not there): not read like this",
+        )
+    if PI0_OWN_ROWS in stored:
+        rows = open_tensors(stored[PI0_OWN_ROWS].file).get_tensor(PI0_OWN_ROWS).to(dtype)
+        matrices[EMBEDDING] = torch.cat([matrices[EMBEDDING][:], rows])
+    return _Parts(
+        config.name,
+        config.trained,
+        "prefix",
+        tuple(matrices[name] for name in layers),
+        matrices[EMBEDDING],
+        matrices[f"{PREFIX}norm.weight"],
+        1.0,
+        {},
+        expert,
+    )
+
+
+def _expert(stored: Mapping[str, Stored], directory: Path) -> dict[str, Matrix]:
+    """The expert's down_projs under the names that the model's hash gives them; none where the files have no expert."""
+    found = {int(match[1]): key for key in stored if (match := _PI0_EXPERT_DOWN.fullmatch(key))}
+    return {
+        f"expert.{i}.down_proj": StoredMatrix(
+            stored[key].file, key, stored[key].shape, _dtype(stored[key], key, directory)
+        )
+        for i, key in sorted(found.items())
+    }
 
 
 def _pi0_sizes(raw: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
     """layers, d_model, d_ff and, where the configuration says it, vocabulary of the prefix."""
     text = (raw.get("vlm_config") or {}).get("text_config")
+    own = raw.get("steer_runtime") or {}
     try:
+        if "prefix" in own:
+            return (*(int(own["prefix"][k]) for k in ("layers", "d_model", "d_ff")), own.get("vocab"))  # type: ignore[return-value]
         if text:
             sizes = [int(text[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size")]
             vocab = text.get("vocab_size")

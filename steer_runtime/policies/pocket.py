@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.base import BaseConfig
+from steer_runtime.policies.base import BaseConfig
 from steer_runtime.policies.openvla.checkpoint import save_checkpoint
 from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, ViTConfig
 from steer_runtime.policies.openvla.model import OpenVLAModel

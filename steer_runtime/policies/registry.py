@@ -9,17 +9,23 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+from steer_runtime.policies.pi0.pocket_spec import PocketPi0Spec
 from steer_runtime.policies.pocket import PocketSpec, build_pocket
 
+if TYPE_CHECKING:  # its classes take a second to import, which every other policy would pay for
+    from steer_runtime.policies.pi0.policy import Pi0Policy
+
 DtypeName = Literal["float32", "bfloat16", "float16"]
+PolicyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+LoadedPolicy: TypeAlias = "OpenVLAPolicy | Pi0Policy"
 
 
 class OpenVLAFile(BaseModel):
@@ -32,12 +38,40 @@ class OpenVLAFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["openvla"]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: PolicyName
     checkpoint: Path
     suite: str
     camera: str = "agentview"
     dtype: DtypeName | None = None
     build: PocketSpec | None = None
+
+
+class Pi0File(BaseModel):
+    """A Pi0 of `configs/policies/`. checkpoint, statistics, tokenizer: absolute or relative to the file.
+
+    statistics: a LeRobot or openpi file, tokenizer: a folder with tokenizer.json, where the checkpoint has none itself.
+    cameras: in the order of training. delta: trained with openpi's extra delta transform. euler_steps, action_steps:
+    instead of the checkpoint's. seed: of the noise. build: how to make the pocket checkpoint when it is not there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["pi0"]
+    name: PolicyName
+    checkpoint: Path
+    statistics: Path | None = None
+    tokenizer: Path | None = None
+    cameras: Annotated[tuple[str, ...], Field(min_length=1)] = ("agentview", "wrist")
+    delta: bool = False
+    euler_steps: Annotated[int, Field(ge=1)] | None = None
+    action_steps: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: DtypeName | None = None
+    build: PocketPi0Spec | None = None
+
+
+PolicyFile: TypeAlias = OpenVLAFile | Pi0File
+_FILE: TypeAdapter[PolicyFile] = TypeAdapter(Annotated[PolicyFile, Field(discriminator="kind")])
 
 
 def policy_configs() -> dict[str, Path]:
@@ -64,7 +98,7 @@ def load_policy(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     progress: Callable[[str], None] = _to_stderr,
-) -> OpenVLAPolicy:
+) -> LoadedPolicy:
     """Policy of a YAML file, or of a bare name in `configs/policies/` ("pocket" is enough for "pocket-untrained").
 
     dtype and checkpoint override the file's. `progress` hears one line when a pocket
@@ -79,28 +113,71 @@ def load_policy(
             f"building the untrained pocket policy in {directory} (layers {list(spec.build.layers)}, under a minute)"
         )
         try:
-            build_pocket(directory, **spec.build.model_dump())
+            _build(spec, directory)
         except SteerError as error:
             if error.code != "exists":  # another process finished the same checkpoint first
                 raise
-    policy = OpenVLAPolicy.from_checkpoint(
-        directory,
-        spec.suite,
-        name=spec.name,
-        camera=spec.camera,
-        dtype=dtype or (getattr(torch, spec.dtype) if spec.dtype else None),
-        device=device,
-    )
+    policy = _load(spec, path, directory, dtype or (getattr(torch, spec.dtype) if spec.dtype else None), device)
     if policy.report is not None and policy.report.noteworthy:
         progress(f"{policy.name}: {policy.report.noteworthy}")
     return policy
 
 
-def read_policy_file(path: Path) -> OpenVLAFile:
+def _build(spec: PolicyFile, directory: Path) -> None:
+    assert spec.build is not None
+    if isinstance(spec, OpenVLAFile):
+        build_pocket(directory, **spec.build.model_dump())
+    else:
+        from steer_runtime.policies.pi0.pocket import build_pocket_pi0
+
+        build_pocket_pi0(directory, **spec.build.model_dump())
+
+
+def _load(
+    spec: PolicyFile, path: Path, directory: Path, dtype: torch.dtype | None, device: torch.device | str
+) -> LoadedPolicy:
+    if isinstance(spec, OpenVLAFile):
+        return OpenVLAPolicy.from_checkpoint(
+            directory, spec.suite, name=spec.name, camera=spec.camera, dtype=dtype, device=device
+        )
+
+    from steer_runtime.policies.pi0.policy import Pi0Policy
+
+    def beside(file: Path | None) -> Path | None:
+        return None if file is None else (path.parent / file.expanduser()).resolve()
+
+    return Pi0Policy.from_checkpoint(
+        directory,
+        statistics=beside(spec.statistics),
+        tokenizer=beside(spec.tokenizer),
+        name=spec.name,
+        cameras=spec.cameras,
+        delta=spec.delta,
+        euler_steps=spec.euler_steps,
+        action_steps=spec.action_steps,
+        seed=spec.seed,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def require_openvla(policy: LoadedPolicy, what: str) -> OpenVLAPolicy:
+    """The same policy, refused when it is another kind: `what` reads action tokens or words that only OpenVLA has.
+
+    Raises SteerError('other_policy').
+    """
+    if isinstance(policy, OpenVLAPolicy):
+        return policy
+    raise SteerError(
+        "other_policy", f"{what} needs a policy of kind openvla and {policy.name!r} is a Pi0; choose another policy"
+    )
+
+
+def read_policy_file(path: Path) -> PolicyFile:
     """Checked content of a policy YAML. Raises SteerError('bad_policy_config')."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return OpenVLAFile.model_validate(raw)
+        return _FILE.validate_python(raw)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SteerError("bad_policy_config", f"{path} is not readable YAML ({error}); correct the file") from None
     except ValidationError as error:

@@ -29,6 +29,8 @@ class SteeringCommand:
     strength: [0, 1] for a direction, [-1, 1] for an axis. ramp_s: None takes the engine's default.
     hold_s: released that long after acceptance; None holds until cleared.
     span: narrows the direction's own span; None keeps it.
+    steps: which forwards of the tower in one inference to write in, from the first up to, not including, the second
+    (Pi0's expert runs once a denoising step); None is all of them.
     """
 
     source: str
@@ -42,6 +44,7 @@ class SteeringCommand:
     hold_s: float | None = None
     priority: int = 0
     span: frozenset[Role] | None = None
+    steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Active:
     order: int
     source: str
     span: frozenset[Role] | None
+    steps: tuple[int, int] | None = None
 
     def strength_at(self, now_s: float) -> float:
         """Signed strength at a moment of the steady clock."""
@@ -126,12 +130,16 @@ class Active:
 
 @dataclass
 class CommandDesk:
-    """Admission of commands against what is loaded. Not thread-safe: the engine locks around it."""
+    """Admission of commands against what is loaded. Not thread-safe: the engine locks around it.
+
+    forwards: tower -> how often it runs in one inference, for commands that name steps.
+    """
 
     directions: Mapping[str, Direction]
     axes: Mapping[str, Axis]
     limits: Limits
     active: dict[str, Active] = field(default_factory=dict)
+    forwards: Mapping[str, int] = field(default_factory=dict)
     _newest: OrderedDict[str, tuple[int, int]] = field(default_factory=OrderedDict)
     _order: int = 0
 
@@ -240,7 +248,9 @@ class CommandDesk:
                 "too_many_targets",
                 f"{len(self.active)} targets are active: expected at most {self.limits.max_targets}; clear one first",
             )
-        self._check_span(command, [d for d in (positive, negative) if d is not None])
+        chosen_from = [d for d in (positive, negative) if d is not None]
+        self._check_span(command, chosen_from)
+        self._check_steps(command, chosen_from)
         self._start_ramp(command, target, positive, negative, goal, now_s)
         if goal != asked:
             return "clamped", f"strength {asked:g} of {target!r} was clamped to {goal:g}", goal
@@ -255,6 +265,18 @@ class CommandDesk:
                     "bad_span",
                     f"span {sorted(command.span)} has no token in common with {direction.id!r}, which acts on "
                     f"{sorted(direction.span)}; choose among those",
+                )
+
+    def _check_steps(self, command: SteeringCommand, directions: list[Direction]) -> None:
+        if command.steps is None:
+            return
+        for direction in directions:
+            count = self.forwards.get(direction.tower, 1)
+            if command.steps[1] > count:
+                raise SteerError(
+                    "bad_steps",
+                    f"steps {command.steps[0]} to {command.steps[1]} of {direction.id!r} do not fit: tower "
+                    f"{direction.tower!r} runs {count} times in one inference; choose steps within 0 to {count}",
                 )
 
     def _start_ramp(
@@ -286,6 +308,7 @@ class CommandDesk:
             order=self._order,
             source=command.source,
             span=command.span,
+            steps=command.steps,
         )
 
 
@@ -310,6 +333,17 @@ def _check_fields(command: SteeringCommand, limits: Limits) -> None:
         _number("hold_s", command.hold_s, 0.0, limits.max_hold_s, "bad_field")
     if command.span is not None:
         span_bits(command.span)
+    if command.steps is not None:
+        _steps(command.steps)
+
+
+def _steps(steps: object) -> None:
+    usable = isinstance(steps, tuple) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not usable or not 0 <= steps[0] < steps[1] <= MAX_COUNTER:  # type: ignore[index]
+        raise SteerError(
+            "bad_steps",
+            f"steps are {str(steps)[:80]}: expected two whole numbers, the first step from 0 and the one after the last",
+        )
 
 
 def _number(label: str, value: object, low: float, high: float, code: str) -> None:

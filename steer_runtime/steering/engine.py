@@ -1,8 +1,9 @@
 """The steering engine: commands in from any thread, writes into a running policy, a trace of both.
 
-Invariants: hooks are attached once and never touched while attached; only `latch`, on the inference thread, changes
-what they write, so steering is constant over one inference (`clear_now` alone cuts in between forwards, and says so);
-an engine with nothing active, or detached, leaves every output bit-identical.
+Invariants: hooks are attached once and never touched while attached; only `latch`, on the inference thread, decides
+what they write, so steering is constant over one inference, or as a command's steps laid it out beforehand (`clear_now`
+alone cuts in between forwards, and says so); an engine with nothing active, or detached, leaves every output
+bit-identical.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class ActiveDirection:
     span: frozenset[Role]
     shadowed_neurons: int
     expires_in_s: float | None
+    steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,24 @@ class _Applied:
     direction: Direction
     strength: float  # (0, 1]
     span: int
+
+    def writes_in(self, forward: int) -> bool:
+        """Whether it writes in this forward of its tower, counted from 0 in each inference."""
+        return self.active.steps is None or self.active.steps[0] <= forward < self.active.steps[1]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """What one tower's hooks write from one forward on, up to the next phase: layer -> plan, residual site -> plan."""
+
+    neurons: Mapping[int, NeuronPlan]
+    dense: Mapping[int, DensePlan]
+
+    def plan_of(self, site: NeuronSite | DenseSite) -> NeuronPlan | DensePlan | None:
+        return self.neurons.get(site.layer) if isinstance(site, NeuronSite) else self.dense.get(site.layer)
+
+
+_NOTHING = _Phase({}, {})
 
 
 class SteeringEngine:
@@ -104,10 +124,12 @@ class SteeringEngine:
         self._layouts: dict[str, TokenLayout] = {}
         self._neurons: dict[str, list[NeuronSite]] = {}
         self._dense: dict[str, list[DenseSite]] = {}
+        self._phases: dict[str, dict[int, _Phase]] = {}
         for tower in policy.towers.values():
             self._add_tower(tower, measure_dose)
         by_name = self._checked(directions)
-        self._desk = CommandDesk(by_name, self._checked_axes(axes, by_name), limits or Limits())
+        forwards = {tower.name: tower.firings_per_inference for tower in policy.towers.values()}
+        self._desk = CommandDesk(by_name, self._checked_axes(axes, by_name), limits or Limits(), forwards=forwards)
         self._epoch = wall_ns()
         self._snapshot = _Snapshot(SteeringStamp(self._epoch, 0), ())
         self._written: _Snapshot | None = None
@@ -160,10 +182,16 @@ class SteeringEngine:
             self._publish()
         self._silence()
         self._written = None
+        self._phases.clear()
 
     def set_roles(self, tower: str, roles: Sequence[Role]) -> None:
         """Token roles of the next forward of a tower; the policy calls this (types.TokenRoles)."""
-        self._layouts[tower].announce(roles)
+        layout = self._layouts[tower]
+        layout.announce(roles)
+        phases = self._phases.get(tower)
+        if phases is not None and len(phases) > 1 and layout.forwards - 1 in phases:
+            layout.mark()
+            self._enter(tower, phases[layout.forwards - 1])
 
     def apply(self, command: SteeringCommand) -> Verdict:
         """Admit or refuse a command; any thread. Never raises for bad input: the verdict says what was wrong."""
@@ -257,6 +285,7 @@ class SteeringEngine:
                     span=direction.span if entry.span is None else direction.span & entry.span,
                     shadowed_neurons=shadowed.get(entry.target, 0),
                     expires_in_s=None if entry.expires_s == float("inf") else max(0.0, entry.expires_s - now),
+                    steps=entry.steps,
                 )
             )
         return SteeringState(snapshot.stamp, self.attached, tuple(active), counters, alarms)
@@ -299,6 +328,7 @@ class SteeringEngine:
                     f"{nearest(direction.tower, self.policy.towers)}",
                 )
             direction.require_fits(tower, self.policy.model_hash)
+            _check_reaches(direction, tower)
             self._check_dtype(direction)
             by_name[direction.name] = direction
         return by_name
@@ -385,8 +415,12 @@ class SteeringEngine:
         applied = self._applied(snapshot, now)
         for name, tower in self.policy.towers.items():
             mine = [item for item in applied if item.direction.tower == name]
-            self._write_neurons(tower, [item for item in mine if item.direction.neurons is not None])
-            self._write_dense(tower, [item for item in mine if item.direction.dense is not None])
+            edges = {edge for item in mine if item.active.steps is not None for edge in item.active.steps}
+            starts = sorted({0, *(edge for edge in edges if edge < tower.firings_per_inference)})
+            self._phases[name] = {
+                start: self._planned(tower, [item for item in mine if item.writes_in(start)]) for start in starts
+            }
+            self._set(name, self._phases[name][0])
         self._strengths = tuple((item.direction.id, item.strength) for item in applied)
         self._written = snapshot
         self._settled = all(entry.settled_at(now) or entry.over_at(now) for entry in snapshot.active)
@@ -396,17 +430,30 @@ class SteeringEngine:
                 self._silence()
                 self._written = None
 
-    def _write_neurons(self, tower: Tower, applied: Sequence[_Applied]) -> None:
-        sites = self._neurons[tower.name]
-        plans: dict[int, NeuronPlan] = {}
-        if applied:
-            plans = _neuron_plans(tower, applied, like=sites[0].coefficients)
-        for site in sites:
-            plan = plans.get(site.layer)
+    def _enter(self, tower: str, phase: _Phase) -> None:
+        """Go over to a later phase of the running inference, unless it was cut short."""
+        with self._lock:
+            if not self._interrupted:
+                self._set(tower, phase)
+
+    def _set(self, tower: str, phase: _Phase) -> None:
+        for site in self._neurons[tower]:
+            plan = phase.neurons.get(site.layer)
             if plan is not None or site.plan is not None:
                 site.set(plan)
+        for dense in self._dense[tower]:
+            table = phase.dense.get(dense.layer)
+            if table is not None or dense.plan is not None:
+                dense.set(table)
 
-    def _write_dense(self, tower: Tower, applied: Sequence[_Applied]) -> None:
+    def _planned(self, tower: Tower, applied: Sequence[_Applied]) -> _Phase:
+        if not applied:
+            return _NOTHING
+        neurons = [item for item in applied if item.direction.neurons is not None]
+        plans = _neuron_plans(tower, neurons, like=self._neurons[tower.name][0].coefficients) if neurons else {}
+        return _Phase(plans, self._dense_plans(tower, [item for item in applied if item.direction.dense is not None]))
+
+    def _dense_plans(self, tower: Tower, applied: Sequence[_Applied]) -> dict[int, DensePlan]:
         tables: dict[int, np.ndarray] = {}
         spans: dict[int, int] = {}
         for item in applied:
@@ -416,14 +463,13 @@ class SteeringEngine:
                     if item.span >> role & 1:
                         table[role] += np.float32(item.strength) * vector
                 spans[site] = spans.get(site, 0) | item.span
-        for dense in self._dense[tower.name]:
-            if dense.layer in tables:
-                span = spans[dense.layer]
-                vectors = torch.from_numpy(tables[dense.layer]).to(dense.table)
-                active = torch.tensor([bool(span >> role & 1) for role in range(len(ROLES))], device=vectors.device)
-                dense.set(DensePlan(vectors, active, span))
-            elif dense.plan is not None:
-                dense.set(None)
+        plans = {}
+        for site, table in tables.items():
+            span = spans[site]
+            vectors = torch.from_numpy(table).to(self._dense[tower.name][site].table)
+            active = torch.tensor([bool(span >> role & 1) for role in range(len(ROLES))], device=vectors.device)
+            plans[site] = DensePlan(vectors, active, span)
+        return plans
 
     def _record(self) -> TraceRecord:
         sites = []
@@ -439,12 +485,15 @@ class SteeringEngine:
                 fired = site.fired + compiled
                 firings += fired
                 expected += tower.firings_per_inference
-                if site.plan is None and not site.forwards:
+                plans = self._plans_of(site, layout)
+                if all(plan is None for plan, _, _ in plans) and not site.forwards:
                     continue
                 forwards, written = site.forwards, site.writes
                 if not site.fired and fired:  # compiled: the graph keeps no Python counts, the plan says what it wrote
-                    forwards, written = fired, _planned_writes(site, layout)
-                neurons = site.plan.neurons if isinstance(site, NeuronSite) and site.plan is not None else ()
+                    forwards = sum(count for plan, count, _ in plans if plan is not None)
+                    written = sum(_planned_writes(plan, seen) for plan, _, seen in plans if plan is not None)
+                named = {n for plan, _, _ in plans if isinstance(plan, NeuronPlan) for n in plan.neurons}
+                neurons = tuple(sorted(named))
                 sites.append(SiteTrace(name, site.kind, site.layer, neurons, forwards, written, site.dose))
         return TraceRecord(
             inference_id=self._inference_id,
@@ -455,6 +504,35 @@ class SteeringEngine:
             firings=firings,
             expected_firings=expected,
             interrupted=self._interrupted,
+            tower_tokens=tuple((name, sum(layout.seen)) for name, layout in self._layouts.items()),
+        )
+
+    def _plans_of(
+        self, site: NeuronSite | DenseSite, layout: TokenLayout
+    ) -> list[tuple[NeuronPlan | DensePlan | None, int, list[int]]]:
+        """(plan, forwards, tokens of each role) of every phase this inference has been through at one site."""
+        phases = self._phases.get(site.tower, {})
+        if len(phases) < 2 or self._interrupted:
+            return [(site.plan, layout.forwards, layout.seen)]
+        passed = zip(phases.values(), layout.between_marks(), strict=False)
+        return [(phase.plan_of(site), forwards, seen) for phase, (forwards, seen) in passed]
+
+
+def _check_reaches(direction: Direction, tower: Tower) -> None:
+    """Refuse to write where nothing can come of it. Raises SteerError('dead_layer')."""
+    if direction.neurons is not None:
+        layers = tower.steerable_layers
+        dead = sorted({layer for layer in direction.neurons.layer.tolist() if layer not in layers})
+        what, last = "layer", layers.stop - 1
+    else:
+        sites = tower.steerable_sites
+        dead = sorted(site for site in direction.dense or {} if site not in sites)
+        what, last = "residual site", sites.stop - 1
+    if dead:
+        raise SteerError(
+            "dead_layer",
+            f"direction {direction.id!r} writes to {what} {dead[0]} of tower {tower.name!r}, which cannot reach the "
+            f"action{': ' if tower.why_dead else ''}{tower.why_dead}; expected {what} 0 to {last}",
         )
 
 
@@ -494,13 +572,13 @@ def _neuron_plans(tower: Tower, applied: Sequence[_Applied], like: Tensor) -> di
     return plans
 
 
-def _planned_writes(site: NeuronSite | DenseSite, layout: TokenLayout) -> int:
+def _planned_writes(plan: NeuronPlan | DensePlan, seen: Sequence[int]) -> int:
     def tokens_in(span: int) -> int:
-        return sum(count for role, count in enumerate(layout.seen) if span >> role & 1)
+        return sum(count for role, count in enumerate(seen) if span >> role & 1)
 
-    if isinstance(site, NeuronSite):
-        return sum(n * tokens_in(span) for span, n in site.plan.neurons_of_span) if site.plan else 0
-    return tokens_in(site.plan.span) if site.plan else 0
+    if isinstance(plan, NeuronPlan):
+        return sum(n * tokens_in(span) for span, n in plan.neurons_of_span)
+    return tokens_in(plan.span)
 
 
 def _shadowed(applied: Sequence[_Applied]) -> dict[str, int]:

@@ -50,11 +50,14 @@ class OfflineSteering:
     ) -> None:
         self.engine.detach()
 
-    def set(self, strengths: Mapping[str, float]) -> None:
-        """Steer with exactly these targets (direction or axis -> strength). Raises SteerError if one is refused."""
+    def set(self, strengths: Mapping[str, float], *, steps: tuple[int, int] | None = None) -> None:
+        """Steer with exactly these targets (direction or axis -> strength), in all forwards or in some (see command).
+
+        Raises SteerError if one is refused.
+        """
         self._apply("clear_all", "", 0.0)
         for target, strength in strengths.items():
-            self._apply("set", target, strength)
+            self._apply("set", target, strength, steps)
         self._now_s += 1.0  # past every default ramp
 
     def run(self, forward: Callable[[], Result]) -> tuple[Result, TraceRecord]:
@@ -63,10 +66,11 @@ class OfflineSteering:
         result = forward()
         return result, self.engine.finish()
 
-    def _apply(self, op: str, target: str, strength: float) -> None:
+    def _apply(self, op: str, target: str, strength: float, steps: tuple[int, int] | None = None) -> None:
         self._sequence += 1
+        stamp_ns = int(self._now_s * 1e9)
         verdict = self.engine.apply(
-            SteeringCommand("offline", 0, self._sequence, int(self._now_s * 1e9), op, target, strength)  # type: ignore[arg-type]
+            SteeringCommand("offline", 0, self._sequence, stamp_ns, op, target, strength, steps=steps)  # type: ignore[arg-type]
         )
         if not verdict.accepted or verdict.code == "clamped":
             raise SteerError(verdict.code, verdict.sentence)

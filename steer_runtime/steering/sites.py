@@ -50,6 +50,7 @@ class TokenLayout:
         self._known: dict[tuple[Role, ...], Layout] = {}
         self.seen = [0] * len(ROLES)
         self.forwards = 0
+        self._marks: list[tuple[int, list[int]]] = []
 
     def announce(self, roles: Sequence[Role]) -> None:
         """Set the roles of the next forward; raises SteerError for more tokens than the tower allows."""
@@ -69,6 +70,21 @@ class TokenLayout:
         self.seen = [0] * len(ROLES)
         self.forwards = 0
         self.current = None
+        self._marks = []
+
+    def mark(self) -> None:
+        """Say that the forward just announced is the first one under other writes than the one before it."""
+        current = self.current
+        assert current is not None
+        self._marks.append((self.forwards - 1, [a - b for a, b in zip(self.seen, current.counts, strict=True)]))
+
+    def between_marks(self) -> list[tuple[int, list[int]]]:
+        """(forwards, tokens of each role) announced since each mark, up to the next; all of them without a mark."""
+        ends = [*self._marks[1:], (self.forwards, self.seen)]
+        return [
+            (after - before, [a - b for a, b in zip(later, earlier, strict=True)])
+            for (before, earlier), (after, later) in zip(self._marks or [(0, [0] * len(ROLES))], ends, strict=True)
+        ]
 
     def _build(self, roles: tuple[Role, ...]) -> Layout:
         if not 0 < len(roles) <= len(self.role):

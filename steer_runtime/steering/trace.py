@@ -33,7 +33,8 @@ class SiteTrace:
 class TraceRecord:
     """One inference: which steering, how strong each direction was, where it wrote, and whether every hook fired.
 
-    strengths: direction id -> strength in [0, 1] after ramps. tokens: role -> tokens of that role over all forwards.
+    strengths: direction id -> strength in [0, 1] after ramps. tokens: role -> tokens of that role over all forwards of
+    all towers; tower_tokens: tower -> tokens of any role over its forwards.
     firings: hook calls seen; expected_firings: hook calls that there must be.
     """
 
@@ -45,12 +46,14 @@ class TraceRecord:
     firings: int
     expected_firings: int
     interrupted: bool
+    tower_tokens: tuple[tuple[str, int], ...] = ()
 
     def to_jsonable(self) -> dict[str, Any]:
         """Plain dict for JSON; pairs become objects."""
         out = asdict(self)
         out["strengths"] = dict(self.strengths)
         out["tokens"] = dict(self.tokens)
+        out["tower_tokens"] = dict(self.tower_tokens)
         return out
 
 

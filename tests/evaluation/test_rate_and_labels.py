@@ -10,7 +10,7 @@ import torch
 
 from sim.evaluation import labels, rate
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.base import EMBEDDING, PREFIX, read_base
+from steer_runtime.policies.base import EMBEDDING, PREFIX, read_base
 from steer_runtime.policies.openvla.config import LMConfig
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.policies.pocket import smollm2_base

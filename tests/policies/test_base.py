@@ -10,7 +10,7 @@ import torch
 from fabricate import STATISTICS
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.base import BaseConfig, layer_tensors, read_base
+from steer_runtime.policies.base import BaseConfig, layer_tensors, read_base
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
 from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig, OpenVLAConfig, emit_config, parse_config
 from steer_runtime.policies.openvla.model import OpenVLAModel

@@ -18,15 +18,9 @@ from steer_runtime.cli.pocket import app, parse_layers
 from steer_runtime.errors import SteerError
 from steer_runtime.policies import pocket
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
-from steer_runtime.policies.pocket import PocketSpec, assemble, build_pocket, find_gguf, load_smollm2
+from steer_runtime.policies.pocket import PocketSpec, assemble, build_pocket, find_gguf
 
 LAYERS = (2, 28)
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Any:
-    """SmolLM2 and its tokenizer from the GGUF, read once."""
-    return load_smollm2(find_gguf())
 
 
 @pytest.fixture(scope="module")

@@ -195,3 +195,14 @@ def test_description_that_contradicts_itself_is_refused(field: str, value: objec
     with pytest.raises(SteerError) as refused:
         description_from_msg(message)
     assert refused.value.code == "bad_description"
+
+
+def test_steps_travel_as_json_and_a_typed_message_refuses_them() -> None:
+    command = SteeringCommand("a", 1, 1, 1, "set", "slow", 1.0, steps=(2, 5))
+    assert command_from_json(command_to_json(command)) == command
+    with pytest.raises(SteerError, match="publish it as JSON") as refused:
+        command_to_msg(command)
+    assert refused.value.code == "bad_steps"
+    for steps in ("[1]", "[1, 2, 3]", '"ab"', "[1.5, 2]"):
+        with pytest.raises(SteerError, match="steps"):
+            command_from_json(f'{{"source": "a", "epoch": 1, "sequence": 1, "stamp_ns": 1, "steps": {steps}}}')

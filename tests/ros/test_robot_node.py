@@ -135,6 +135,52 @@ def test_free_running_robot_executes_rows_on_the_clock_then_holds(third_domain: 
         refused_as(driver, "stale_chunk", FORWARD, stamp_ns=time.time_ns() - 5_000_000_000)
 
 
+def test_free_running_robot_asks_every_few_steps_and_executes_each_row_at_its_own(third_domain: int) -> None:
+    with PolicyDriver(third_domain) as driver, robot(third_domain, mode="free", rate_hz=5.0, replan_steps=3):
+        driver.description()
+        driver.wait(lambda: driver.frames, what="a frame")
+        ramp = np.zeros((8, 7), np.float32)
+        ramp[:, 0] = 0.01 * np.arange(8)
+        driver.act(ramp)
+        asked_at = [driver.status().step]
+        while len(asked_at) < 3:
+            before = driver.frames[-1][1].header.stamp
+            assert driver.moved_on(before, 10.0), "the next frame did not come"
+            stamp = driver.frames[-1][1].header.stamp
+            driver.wait(lambda stamp=stamp: driver.status().header.stamp == stamp, what="its status")  # type: ignore[misc]
+            asked_at.append(driver.status().step)
+            driver.act(ramp)
+        # The next frame is shown three steps after the last one, however many actions still wait.
+        assert asked_at[2] - asked_at[1] == 3
+        refused_as_late = driver.counters().get("late_chunk", 0)
+        driver.act(ramp, stamp_ns=1_000_000_000 + time.time_ns() - 10**9 - 1)
+        driver.wait(lambda: driver.counters().get("late_chunk", 0) > refused_as_late, what="a refusal")
+
+
+def test_an_accepted_command_flushes_what_waits(third_domain: int) -> None:
+    from steer_msgs.msg import SteeringVerdict
+
+    from ros_nodes.convert import verdict_to_msg
+    from ros_nodes.qos import VERDICT
+    from steer_runtime.steering.command import Verdict
+    from steer_runtime.types import SteeringStamp
+
+    parameters = {"mode": "free", "rate_hz": 5.0, "replan_steps": 8, "on_steering": "flush"}
+    with PolicyDriver(third_domain) as driver, robot(third_domain, **parameters):
+        verdicts = driver.node.create_publisher(SteeringVerdict, "verdict", VERDICT)
+        driver.description()
+        driver.wait(lambda: driver.frames and verdicts.get_subscription_count(), what="a frame and its ear")
+        driver.act(np.repeat(FORWARD, 30, axis=0))
+        driver.wait(
+            lambda: driver.status().step > 0 and driver.status().hold_steps < driver.status().step, what="a step"
+        )
+        frames, held = len(driver.frames), driver.status().hold_steps
+        accepted = Verdict(True, "accepted", "", "a", 1, 1, SteeringStamp(0, 2), 1.0)
+        verdicts.publish(verdict_to_msg(accepted, time.time_ns()))
+        driver.wait(lambda: driver.status().hold_steps > held, what="a hold")
+        driver.wait(lambda: len(driver.frames) > frames, what="the frame that the next chunk is made from")
+
+
 def test_policy_node_runs_a_lockstep_episode_one_inference_a_step(
     policy_yaml: Path, direction_store: Path, third_domain: int
 ) -> None:

@@ -8,60 +8,31 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.base import EMBEDDING, BaseConfig, read_base
+from steer_runtime.policies.base import EMBEDDING, BaseConfig, read_base
 from steer_runtime.policies.openvla.config import OpenVLAConfig, emit_config, read_config
 from steer_runtime.policies.openvla.layout import NOT_PERSISTENT, OWN_ROWS, Entry, Target, entries, zero_filled
 from steer_runtime.policies.openvla.model import OpenVLAModel
+from steer_runtime.policies.shards import (
+    DTYPES,
+    LoadReport,
+    Stored,
+    listing,
+    new_directory,
+    read_headers,
+    read_tensors,
+    write_shards,
+)
 
-WINDOW_BYTES = 16 << 20
-"""Bytes read from one mapping of a file before it is mapped anew: touched pages of a mapping count as memory."""
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 STATISTICS = "dataset_statistics.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load left aside, by name. not_persistent: derived entries of the file; absent: tensors no action needs."""
-
-    tensors: int
-    not_persistent: tuple[str, ...]
-    absent: tuple[str, ...]
-
-    @property
-    def noteworthy(self) -> str:
-        """What an operator may want to know, in one phrase; empty for a file of exactly the published layout."""
-        parts = []
-        if self.not_persistent:
-            parts.append(f"the file carries derived entries that were not read: {_listing(self.not_persistent)}")
-        if self.absent:
-            parts.append(f"the file lacks tensors that no action needs: {_listing(self.absent)}")
-        return "; ".join(parts)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where one tensor is, with its shape and safetensors' name of its dtype."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -132,100 +103,19 @@ def save_checkpoint(
     action (last blocks, pooling heads) are written as zeros, since the model does not hold them. `finish` may add files
     before the directory appears. Raises SteerError('exists') when the directory is there.
     """
-    if directory.exists():
-        raise SteerError("exists", f"{directory} exists already: remove it or choose another directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        _write_shards(model, work, shard_bytes)
+    parameters = dict(model.named_parameters())
+    dtype = model.unembedding.dtype
+    table = {entry.key: entry for entry in entries(model.config)}
+    with new_directory(directory) as work:
+        sizes = {key: math.prod(entry.shape) * dtype.itemsize for key, entry in table.items()}
+        write_shards(work, sizes, lambda key: _gather(table[key], parameters, dtype), shard_bytes)
         (work / "config.json").write_text(json.dumps(emit_config(model.config), indent=2) + "\n", encoding="utf-8")
         (work / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(work))
         if finish is not None:
             finish(work)
-        work.chmod(0o755)
-        try:
-            os.rename(work, directory)
-        except OSError as error:
-            raise SteerError(
-                "exists", f"{directory} appeared while it was being written ({error}); nothing replaced"
-            ) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return directory
-
-
-def _locate(directory: Path) -> dict[Path, set[str] | None]:
-    """Safetensors files of the checkpoint and the keys the index promises of each (None without an index)."""
-    index = directory / INDEX
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = {str(k): str(v) for k, v in weight_map.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise SteerError("torn_file", f"{index} is not a usable index ({error!r}); download it again") from None
-        files: dict[Path, set[str] | None] = {}
-        for key, name in names.items():
-            if Path(name).name != name:
-                raise SteerError(
-                    "torn_file", f"{index} points outside its directory ({name!r}); do not use this checkpoint"
-                )
-            if not name.endswith(".safetensors"):
-                raise SteerError(
-                    "pickle_refused",
-                    f"{index} names {name!r}: only .safetensors files are read; convert the checkpoint",
-                )
-            promised = files.setdefault(directory / name, set())
-            assert promised is not None
-            promised.add(key)
-        missing = sorted(path.name for path in files if not path.is_file())
-        if missing:
-            raise SteerError(
-                "missing_shard",
-                f"{directory} lacks {_listing(missing)}, which its index names; download the missing files",
-            )
-        return files
-    if (directory / SINGLE).is_file():
-        return {directory / SINGLE: None}
-    pickles = sorted(
-        p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for p in directory.glob(pattern)
-    )
-    if pickles:
-        raise SteerError(
-            "pickle_refused",
-            f"{directory} holds {_listing(pickles)} and no safetensors: pickles can run code and are not read; "
-            "convert the checkpoint to safetensors",
-        )
-    raise SteerError(
-        "no_checkpoint", f"{directory} has neither {INDEX} nor {SINGLE}: give a complete checkpoint directory"
-    )
-
-
-def open_tensors(path: Path) -> Any:
-    """safetensors' `safe_open` of a file. Raises SteerError('torn_file')."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SteerError("torn_file", f"{path} is not a whole safetensors file ({error}); download it again") from None
-
-
-def read_headers(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a directory's safetensors by name, of any architecture, unread. Raises SteerError as `survey`."""
-    files = _locate(directory)
-    stored: dict[str, Stored] = {}
-    for path, promised in files.items():
-        with open_tensors(path) as file:
-            keys = list(file.keys())
-            for key in keys:
-                if key in stored:
-                    raise SteerError("unexpected_weights", f"{path} repeats {key!r} of {stored[key].file.name}")
-                part = file.get_slice(key)
-                stored[key] = Stored(path, tuple(part.get_shape()), part.get_dtype())
-        absent = sorted((promised or set()) - set(keys))
-        if absent:
-            raise SteerError("missing_weights", f"{path} lacks {_listing(absent)}, which the index places there")
-    return stored
 
 
 def _check(table: list[Entry], stored: Mapping[str, Stored], directory: Path) -> LoadReport:
@@ -234,7 +124,7 @@ def _check(table: list[Entry], stored: Mapping[str, Stored], directory: Path) ->
     if missing:
         raise SteerError(
             "missing_weights",
-            f"{directory} lacks {len(missing)} tensors ({_listing(missing)}); the configuration and the weights must be "
+            f"{directory} lacks {len(missing)} tensors ({listing(missing)}); the configuration and the weights must be "
             "of the same model",
         )
     extra = [key for key in stored if key not in wanted]
@@ -243,7 +133,7 @@ def _check(table: list[Entry], stored: Mapping[str, Stored], directory: Path) ->
     if unexpected:
         raise SteerError(
             "unexpected_weights",
-            f"{directory} holds {len(unexpected)} tensors that this architecture does not have ({_listing(unexpected)}); "
+            f"{directory} holds {len(unexpected)} tensors that this architecture does not have ({listing(unexpected)}); "
             "expected OpenVLA's published layout",
         )
     misshaped = [
@@ -253,39 +143,23 @@ def _check(table: list[Entry], stored: Mapping[str, Stored], directory: Path) ->
     ]
     if misshaped:
         raise SteerError(
-            "misshaped_weights", f"{directory} has {len(misshaped)} mis-shaped tensors: {_listing(misshaped)}"
+            "misshaped_weights", f"{directory} has {len(misshaped)} mis-shaped tensors: {listing(misshaped)}"
         )
     odd = [f"{k} is {s.dtype}" for k, s in stored.items() if k in wanted and s.dtype not in DTYPES]
     if odd:
         raise SteerError(
             "misshaped_weights",
-            f"{directory} has tensors that are not F32, BF16 or F16 ({_listing(odd)}); dequantise them first",
+            f"{directory} has tensors that are not F32, BF16 or F16 ({listing(odd)}); dequantise them first",
         )
     absent = tuple(e.key for e in table if not e.used and e.key not in stored)
     return LoadReport(len(stored), derived, absent)
 
 
 def _stream(table: list[Entry], stored: Mapping[str, Stored], parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    by_file: dict[Path, list[Entry]] = {}
-    for entry in table:
-        if entry.used:
-            by_file.setdefault(stored[entry.key].file, []).append(entry)
-    for path, wanted in by_file.items():
-        file, read = open_tensors(path), 0
-        for entry in wanted:
-            if read > WINDOW_BYTES:
-                del file
-                file, read = open_tensors(path), 0
-            try:
-                tensor = file.get_tensor(entry.key)
-            except (SafetensorError, OSError) as error:
-                raise SteerError(
-                    "torn_file", f"{path} does not yield {entry.key} ({error}); download it again"
-                ) from None
-            for target in entry.targets:
-                _place(tensor, target, parameters[target.parameter])
-            read += tensor.numel() * tensor.element_size()
-            del tensor
+    targets = {entry.key: entry.targets for entry in table if entry.used}
+    for key, tensor in read_tensors(stored, targets):
+        for target in targets[key]:
+            _place(tensor, target, parameters[target.parameter])
 
 
 def _fill_from_base(config: OpenVLAConfig, base: BaseConfig, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -319,37 +193,5 @@ def _gather(entry: Entry, parameters: Mapping[str, torch.nn.Parameter], dtype: t
     return joined.reshape(entry.shape).contiguous().clone()
 
 
-def _write_shards(model: OpenVLAModel, directory: Path, shard_bytes: int) -> None:
-    parameters = dict(model.named_parameters())
-    dtype = model.unembedding.dtype
-    table = entries(model.config)
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in table:
-        nbytes = math.prod(entry.shape) * dtype.itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += nbytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(
-            {e.key: _gather(e, parameters, dtype) for e in shard}, str(directory / name), metadata={"format": "pt"}
-        )
-        weight_map |= {e.key: name for e in shard}
-    if len(shards) > 1:
-        total = sum(math.prod(e.shape) * dtype.itemsize for e in table)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _embedding_key(table: Iterable[Entry]) -> str:
     return next(e.key for e in table if e.key.endswith(("embed_tokens.weight", OWN_ROWS)))
-
-
-def _listing(names: Iterable[str], limit: int = 5) -> str:
-    """At most `limit` names, and how many more."""
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

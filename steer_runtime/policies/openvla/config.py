@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.base import BaseConfig
+from steer_runtime.policies.base import BaseConfig
 
 
 @dataclass(frozen=True)

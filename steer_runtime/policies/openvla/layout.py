@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from steer_runtime.policies.openvla.base import EMBEDDING, BaseConfig
+from steer_runtime.policies.base import EMBEDDING, BaseConfig
 from steer_runtime.policies.openvla.config import OpenVLAConfig, ViTConfig
 from steer_runtime.policies.openvla.object_tokens import ObjectProjector
 from steer_runtime.policies.openvla.proprioception import StateEncoder

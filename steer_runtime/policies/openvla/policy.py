@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
-from steer_runtime.policies.openvla.checkpoint import LoadReport, load_checkpoint
+from steer_runtime.policies.openvla.checkpoint import load_checkpoint
 from steer_runtime.policies.openvla.config import OpenVLAConfig
 from steer_runtime.policies.openvla.image import camera_values, libero_image, pixel_values
 from steer_runtime.policies.openvla.model import Decoded, OpenVLAModel
 from steer_runtime.policies.openvla.object_tokens import named
 from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
+from steer_runtime.policies.shards import LoadReport
+from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
@@ -131,6 +133,11 @@ class OpenVLAPolicy:
         return self.model.unembedding
 
     @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the images that an observation must have."""
+        return (self.camera,) if self.config.heatmap is None else (self.camera, self.wrist_camera)
+
+    @property
     def final_norm(self) -> Tensor:
         """Weight of the norm before the unembedding, [d_model]."""
         return self.model.language_model.model.norm.weight
@@ -153,8 +160,11 @@ class OpenVLAPolicy:
         """Set (or clear) who is told the token roles before each forward of tower "lm"."""
         self._listener = listener
 
-    def reset(self) -> None:
-        """Forget the last gripper command, all that is remembered, and only where proprioception is a token."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the last gripper command, all that is remembered, and only where proprioception is a token.
+
+        Nothing is drawn, so a seed makes no difference.
+        """
         self._gripper = OPEN
 
     def told_gripper(self, command: float) -> None:
@@ -300,14 +310,3 @@ class OpenVLAPolicy:
     def _announce(self, roles: list[Role]) -> None:
         if self._listener is not None:
             self._listener.set_roles(TOWER, roles)
-
-
-def load_tokenizer(directory: Path, name: str = "tokenizer.json") -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a checkpoint's `tokenizer.json`; no network, no remote code. Raises SteerError('no_tokenizer')."""
-    path = directory / name
-    if not path.is_file():
-        raise SteerError("no_tokenizer", f"{directory} has no {name}: download it with the checkpoint")
-    try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
-        raise SteerError("no_tokenizer", f"{path} is not a tokenizer file ({error}); download it again") from None
