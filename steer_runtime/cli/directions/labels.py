@@ -13,18 +13,22 @@ import typer
 from steer_runtime.cli.directions.common import (
     DEFAULT_CACHE,
     DEFAULT_POLICY,
-    UNTRAINED,
     CacheOption,
     PolicyOption,
     labels_for,
-    load,
     new_console,
     new_table,
     parse_numbers,
     policy_title,
-    progress_bar,
     say,
     show_label,
+)
+from steer_runtime.cli.directions.source import (
+    CheckpointOption,
+    SourceTowerOption,
+    TokenizerOption,
+    open_source,
+    tower_name,
 )
 from steer_runtime.errors import SteerError
 
@@ -58,13 +62,8 @@ def labels(
         str, typer.Option(help="Show action tokens as this dimension moves (dx, dy, dz, ...), or 'all' in a table.")
     ] = "",
     policy: PolicyOption = DEFAULT_POLICY,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Read this checkpoint's files (OpenVLA, or Pi0 in LeRobot's layout); no model is built."),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json for a --checkpoint that has none (Pi0).")
-    ] = None,
+    checkpoint: CheckpointOption = None,
+    tokenizer: TokenizerOption = None,
     suite: Annotated[
         str, typer.Option(help="With --checkpoint and --units: whose action statistics; default the only ones.")
     ] = "",
@@ -73,7 +72,7 @@ def labels(
     ] = "",
     workers: Annotated[int | None, typer.Option(min=1, help="With --ray local: layers at a time.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="With --ray: CPUs of each layer.")] = 1,
-    tower: Annotated[str, typer.Option(help="Transformer; default lm, or the one of the checkpoint.")] = "",
+    tower: SourceTowerOption = "",
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """What each value vector says: the tokens it is closest to and furthest from, computed once and cached."""
@@ -84,8 +83,7 @@ def labels(
         from steer_runtime.directions.fan_out import on_ray
 
         options["run"] = on_ray(ray, workers=workers, threads=threads)
-    name = tower or next(iter(loaded.towers))
-    found = labels_for(loaded, name, cache, parse_numbers(layers, "layers"), top_k, **options)
+    found = labels_for(loaded, tower_name(loaded, tower), cache, parse_numbers(layers, "layers"), top_k, **options)
     if csv_file is not None:
         rows = _write_csv(csv_file, found, loaded, action_text)
         say(f"{rows} labels of {policy_title(loaded)} written to {csv_file}")
@@ -117,21 +115,12 @@ def labels(
 
 def _source(policy: str, checkpoint: Path | None, tokenizer: Path | None, suite: str, units: bool) -> tuple[Any, Any]:
     """What has the weights, and the action statistics where units are asked for."""
-    if checkpoint is None:
-        if tokenizer is not None or suite:
-            raise SteerError("bad_option", "--tokenizer and --suite go with --checkpoint: a policy has its own")
-        loaded = load(policy)
-        return loaded, loaded.statistics
-    from steer_runtime.directions.checkpoint_vectors import CheckpointVectors
-
-    if policy != DEFAULT_POLICY:
-        raise SteerError("bad_option", "--policy and --checkpoint are two sources: give one of them")
-    with progress_bar("hashing the weights (millions)") as progress:
-        vectors = CheckpointVectors(checkpoint, tokenizer=tokenizer, hash_progress=progress)
-        vectors.model_hash  # noqa: B018  hashed here, under its own bar
-    if not vectors.trained:
-        typer.echo(f"{vectors.name}: {UNTRAINED}", err=True)
-    return vectors, vectors.statistics(suite or None) if units else None
+    if suite and checkpoint is None:
+        raise SteerError("bad_option", "--suite goes with --checkpoint: a policy has the statistics of its own suite")
+    source = open_source(policy, checkpoint, tokenizer)
+    if not units:
+        return source, None
+    return source, source.statistics if checkpoint is None else source.statistics(suite or None)
 
 
 def _action_text(units: str, loaded: Any, statistics: Any) -> Callable[[int], str]:
