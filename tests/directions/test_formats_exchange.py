@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -281,6 +281,7 @@ def test_a_damaged_file_of_ours_is_never_another_direction(
 
 
 @settings(max_examples=150, deadline=None)
+@example(content=b"(:", head=b"")  # YAML: one cluster, called "(", of nothing
 @given(content=st.binary(max_size=200), head=st.sampled_from([b"", b"GGUF\x03\0\0\0", b"{", b"\x08\0\0\0\0\0\0\0{}"]))
 def test_any_bytes_are_refused_in_a_sentence(
     content: bytes, head: bytes, tmp_path_factory: pytest.TempPathFactory

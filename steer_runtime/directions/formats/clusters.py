@@ -70,6 +70,11 @@ def from_clusters(
         if isinstance(cluster, dict):
             facts["labels"] = list(cluster.values())
         directions.append(of_neurons(identity, recipe, pairs, facts, name=name))
+    if not directions:
+        raise SteerError(
+            "bad_clusters",
+            f"cluster file {path.name!r} names no neuron: expected YAML of cluster names over flat indices",
+        )
     return Clusters(tuple(directions), tuple(empty))
 
 
