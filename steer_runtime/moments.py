@@ -65,12 +65,13 @@ def save_moments(path: Path, moments: Sequence[Moment], settings: Any) -> None:
         arrays[f"measured/{name}"] = np.array([m.measured.get(name, np.nan) for m in moments], np.float64)
     facts = {
         "schema": SCHEMA,
-        "settings": json.dumps(settings, sort_keys=True),
-        "instructions": json.dumps([m.observation.instruction for m in moments]),
-        "phases": json.dumps([m.phase for m in moments]),
-        "episodes": json.dumps([m.episode for m in moments]),
+        "settings": settings,
+        "instructions": [m.observation.instruction for m in moments],
+        "phases": [m.phase for m in moments],
+        "episodes": [m.episode for m in moments],
     }
-    write_atomically(path, safetensors_save(arrays, metadata=facts))
+    # One entry: safetensors writes several in no fixed order, and equal moments shall be equal bytes.
+    write_atomically(path, safetensors_save(arrays, metadata={"moments": json.dumps(facts, sort_keys=True)}))
 
 
 def load_moments(path: Path) -> tuple[list[Moment], Any]:
@@ -79,14 +80,14 @@ def load_moments(path: Path) -> tuple[list[Moment], Any]:
         raise SteerError("no_moments", f"there is no file of moments {path}: make one with `steer data moments`")
     try:
         with safe_open(path, framework="numpy") as file:
-            facts = file.metadata() or {}
+            facts = json.loads((file.metadata() or {}).get("moments", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if facts.get("schema") != SCHEMA:
             raise SteerError(
                 "torn_file", f"{path} is of schema {str(facts.get('schema'))[:40]!r}: expected {SCHEMA}, as saved here"
             )
-        settings = json.loads(facts["settings"])
-        lists = {name: json.loads(facts[name]) for name in ("instructions", "phases", "episodes")}
+        settings = facts["settings"]
+        lists = {name: facts[name] for name in ("instructions", "phases", "episodes")}
         images = {n.removeprefix("images/"): a for n, a in arrays.items() if n.startswith("images/")}
         told = {n.removeprefix("measured/"): a for n, a in arrays.items() if n.startswith("measured/")}
         count = len(arrays["state"])
@@ -109,7 +110,7 @@ def load_moments(path: Path) -> tuple[list[Moment], Any]:
             )
             for i in range(count)
         ]
-    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise SteerError("torn_file", f"{path} is damaged ({error}); delete it and make it again") from None
     return moments, settings
 

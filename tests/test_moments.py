@@ -55,6 +55,12 @@ def test_moments_come_back_as_they_were(tmp_path: Path) -> None:
             np.testing.assert_array_equal(image, two.observation.images[camera])
 
 
+def test_equal_moments_are_equal_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        save_moments(tmp_path / name, some(), {"seed": 3})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_a_quantity_that_some_moments_lack_is_refused(tmp_path: Path) -> None:
     np.testing.assert_allclose(measured(some(), "speed"), [0.0, 0.1, 0.2])
     with pytest.raises(SteerError, match="'dz' was not measured at every moment"):
