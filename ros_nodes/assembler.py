@@ -53,9 +53,15 @@ class ObservationAssembler:
         self._newest.clear()
         self._frames.clear()
 
-    def instruction(self, text: str) -> None:
-        """What the robot is to do, for the observations from now on."""
+    def instruction(self, text: str) -> Observation | None:
+        """What the robot is to do, for the observations from now on.
+
+        Returns the newest frame that was whole but for it: a robot in lockstep shows no other before that is answered, and
+        its repetitions are refused.
+        """
         self._instruction = clean_text(text)
+        whole = [stamp for stamp, frame in self._frames.items() if len(frame) == len(self._wanted)]
+        return self._complete(max(whole), self._instruction) if whole else None
 
     def image(self, camera: str, message: Image) -> Observation | None:
         """Take an image. Returns an observation when it completes one. Raises SteerError for one that is refused."""
@@ -104,15 +110,19 @@ class ObservationAssembler:
         frame = self._frames.setdefault(stamp, {})
         frame[part] = value
         if len(frame) == len(self._wanted) and self._instruction is not None:
-            older = [other for other in self._frames if other < stamp]
-            self.incomplete_frames += len(older)
-            for done in (*older, stamp):
-                del self._frames[done]
-            return self._observation(frame, stamp, self._instruction)
+            return self._complete(stamp, self._instruction)
         while len(self._frames) > MAX_UNFINISHED:
             del self._frames[min(self._frames)]
             self.incomplete_frames += 1
         return None
+
+    def _complete(self, stamp: int, instruction: str) -> Observation:
+        older = [other for other in self._frames if other < stamp]
+        self.incomplete_frames += len(older)
+        frame = self._frames[stamp]
+        for done in (*older, stamp):
+            del self._frames[done]
+        return self._observation(frame, stamp, instruction)
 
     def _observation(self, frame: dict[str, Any], stamp: int, instruction: str) -> Observation:
         self._frame_id += 1

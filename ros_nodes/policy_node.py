@@ -457,10 +457,8 @@ class PolicyNode(LifecycleNode):
     def _on_pose(self, message: PoseStamped) -> None:
         self._sense(lambda assembler: assembler.pose(message))
 
-    @guarded
     def _on_instruction(self, message: String) -> None:
-        if self._assembler is not None:
-            self._assembler.instruction(message.data)
+        self._sense(lambda assembler: assembler.instruction(message.data))
 
     @guarded
     def _sense(self, take: Callable[[ObservationAssembler], Observation | None]) -> None:

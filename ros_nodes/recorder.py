@@ -154,7 +154,7 @@ class Recorder:
     def _on_instruction(self, message: String) -> None:
         self._instruction = message.data
         if self._assembler is not None:
-            self._assembler.instruction(message.data)
+            self._keep(self._assembler.instruction(message.data))
 
     def _on_image(self, camera: str, message: Image) -> None:
         if self._assembler is not None:

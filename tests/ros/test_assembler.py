@@ -47,6 +47,20 @@ def test_observation_comes_with_its_last_part() -> None:
     assert observation.state.tolist() == [1, 2, 3, 0, 0, 0, 7, 8]
 
 
+def test_a_frame_that_came_before_its_instruction_is_whole_with_it() -> None:
+    robot = Robot()
+    robot.assembler = ObservationAssembler(DESCRIPTION)
+    assert robot.frame(4) is None
+    assert robot.frame(5) is None
+    with pytest.raises(SteerError, match="came again"):
+        robot.part("wrist", 5)
+    observation = robot.assembler.instruction("pick up the milk")
+    assert observation is not None
+    assert (observation.stamp_ns, observation.frame_id, observation.instruction) == (5, 1, "pick up the milk")
+    assert robot.assembler.incomplete_frames == 1
+    assert robot.assembler.instruction("pick up the soup") is None
+
+
 def test_parts_of_different_moments_are_never_joined() -> None:
     robot = Robot()
     for name in ("joints", "pose", "agentview"):
