@@ -20,9 +20,9 @@ from sim.demonstrations import as_seen, episodes_in, read
 from sim.training.frame_data import object_class
 from sim.training.vision import network_input
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.objects.heatmap import HeatmapTower, bearing, geometry
+from steer_runtime.policies.objects.proprioception import state_vector
 from steer_runtime.policies.openvla.actions import Statistics
-from steer_runtime.policies.openvla.proprioception import state_vector
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower, bearing, geometry
 
 _ARRAYS = frozenset(
     {

@@ -24,10 +24,10 @@ from sim.training.settings import PolicyTraining
 from sim.training.trainer import Order
 from sim.wordings import instruction_for
 from steer_runtime.directions.comparison import label_survival
+from steer_runtime.policies.objects.heatmap import PARTS, geometry
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import prompt_text
-from steer_runtime.policies.openvla.vision_heatmap import PARTS, geometry
 
 _SCORED = 256
 """Held-out samples that a validation scores, spread evenly."""

@@ -18,8 +18,8 @@ from sim.training.settings import VisionTraining
 from sim.training.trainer import Order
 from sim.training.vision_weights import load_tower
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.config import HeatmapConfig
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower, Seen, bearing
+from steer_runtime.policies.objects.config import HeatmapConfig
+from steer_runtime.policies.objects.heatmap import HeatmapTower, Seen, bearing
 
 _BATCH = 64
 _PLACE_BETA, _POSITION_BETA, _TURN_BETA = 0.02, 0.1, 0.3

@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 
 from sim.demonstrations import write_atomically
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.config import HeatmapConfig
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
+from steer_runtime.policies.objects.config import HeatmapConfig
+from steer_runtime.policies.objects.heatmap import HeatmapTower
 
 WEIGHTS, CARD = "vision.safetensors", "card.json"
 _ROOT = "vision_backbone.heatmap."

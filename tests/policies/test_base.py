@@ -11,8 +11,9 @@ from fabricate import STATISTICS
 
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.base import BaseConfig, layer_tensors, read_base
+from steer_runtime.policies.objects.config import HeatmapConfig
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
-from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig, OpenVLAConfig, emit_config, parse_config
+from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, emit_config, parse_config
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.pocket import find_gguf, load_smollm2, smollm2_base
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.image import centre_crop, libero_image, pixel_values, require_image
+from steer_runtime.policies.camera import require_image
+from steer_runtime.policies.openvla.image import centre_crop, libero_image, pixel_values
 
 RNG = np.random.default_rng(0)
 
@@ -89,5 +90,5 @@ def test_six_channels_have_the_published_normalisation() -> None:
 )
 def test_images_of_another_kind_are_refused(image: np.ndarray) -> None:
     with pytest.raises(SteerError, match=r"'wrist'.*uint8 RGB") as refused:
-        require_image(image, "wrist")
+        require_image(image, "wrist", square=True)
     assert refused.value.code == "bad_image"

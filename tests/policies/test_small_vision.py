@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.objects.config import HeatmapConfig
+from steer_runtime.policies.objects.heatmap import GEOMETRY, PARTS, HeatmapTower, bearing, geometry
+from steer_runtime.policies.objects.proprioception import state_vector
+from steer_runtime.policies.objects.tokens import named
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_checkpoint
-from steer_runtime.policies.openvla.config import HeatmapConfig, OpenVLAConfig, Slot, emit_config, parse_config
+from steer_runtime.policies.openvla.config import OpenVLAConfig, Slot, emit_config, parse_config
 from steer_runtime.policies.openvla.model import OpenVLAModel
-from steer_runtime.policies.openvla.object_tokens import named
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
-from steer_runtime.policies.openvla.proprioception import state_vector
-from steer_runtime.policies.openvla.vision_heatmap import GEOMETRY, PARTS, HeatmapTower, bearing, geometry
 
 HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), hidden=64, blocks=1, heads=2)
 

@@ -12,7 +12,8 @@ import torch
 from sim.before_after import before_after
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.config import HeatmapConfig, Slot
+from steer_runtime.policies.objects.config import HeatmapConfig
+from steer_runtime.policies.openvla.config import Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import Observation

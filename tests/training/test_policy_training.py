@@ -24,9 +24,10 @@ from sim.training.low_rank import adapt, merge
 from sim.training.policy import Branch, PolicyNet, PolicySubject, action_loss, disturbed, word_loss, word_weights
 from sim.training.settings import Distillation, PolicyTraining
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.objects.config import HeatmapConfig
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint
-from steer_runtime.policies.openvla.config import HeatmapConfig, LMConfig, Slot
+from steer_runtime.policies.openvla.config import LMConfig, Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 

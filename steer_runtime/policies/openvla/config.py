@@ -14,6 +14,7 @@ from typing import Any
 
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.base import BaseConfig
+from steer_runtime.policies.objects.config import HeatmapConfig
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,6 @@ class ViTConfig:
     mlp: int
     registers: int = 0
     class_token: bool = False
-
-
-@dataclass(frozen=True)
-class HeatmapConfig:
-    """The small tower of `vision_heatmap`, in place of the two ViTs. classes: object classes, one token each.
-
-    hidden: width on the coarsest grid; the convolutions before it have an eighth, a quarter and a half of it. blocks,
-    heads: of the transformer there.
-    """
-
-    classes: tuple[str, ...]
-    hidden: int = 192
-    blocks: int = 4
-    heads: int = 6
 
 
 @dataclass(frozen=True)
@@ -129,7 +116,7 @@ class OpenVLAConfig:
             if vit.depth < 2:
                 problems.append(f"{tower} depth {vit.depth} leaves no second-to-last block")
         if self.heatmap is not None:
-            problems += _heatmap_problems(self.heatmap, self.image_size)
+            problems += self.heatmap.problems(self.image_size)
         classes = 0 if self.heatmap is None else len(self.heatmap.classes)
         if self.names and (len(self.names) != classes or not all(self.names)):
             problems.append(
@@ -200,19 +187,6 @@ class OpenVLAConfig:
         """Longest forward, the prefill: BOS and prompt, image tokens, state tokens, action queries where they follow."""
         queries = self.action_tokens if self.parallel and not self.slots else 0
         return max(self.max_prompt_tokens + self.patches + self.state_tokens + queries, self.action_tokens + 1)
-
-
-def _heatmap_problems(heat: HeatmapConfig, image_size: int) -> list[str]:
-    problems = []
-    if not heat.classes or len(set(heat.classes)) != len(heat.classes):
-        problems.append("heatmap needs object classes, each once")
-    if heat.hidden % 64 or heat.hidden % heat.heads:
-        problems.append(f"heatmap hidden {heat.hidden} is not a multiple of 64 and of its {heat.heads} heads")
-    if image_size % 32:
-        problems.append(f"image_size {image_size} is not a multiple of 32, as the heatmap tower needs")
-    if heat.blocks < 1:
-        problems.append("heatmap needs a block")
-    return problems
 
 
 OPENVLA_7B = OpenVLAConfig(

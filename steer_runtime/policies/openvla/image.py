@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from steer_runtime.errors import SteerError
+from steer_runtime.policies.camera import require_image
 
 DINO_MEAN = (0.484375, 0.455078125, 0.40625)
 DINO_STD = (0.228515625, 0.2236328125, 0.224609375)
@@ -27,28 +27,12 @@ JPEG_QUALITY = 95
 """TensorFlow's `encode_jpeg` default, with 4:2:0 chroma."""
 
 
-def require_image(image: np.ndarray, camera: str) -> None:
-    """Refuse what is not a square uint8 RGB image of 16 to 4096 px. Raises SteerError('bad_image')."""
-    if isinstance(image, np.ndarray):
-        rgb = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-        if rgb and image.shape[0] == image.shape[1] and 16 <= image.shape[0] <= 4096:
-            return
-        given = f"{image.dtype} {list(image.shape)}"
-    else:
-        given = type(image).__name__
-    raise SteerError(
-        "bad_image",
-        f"camera {camera!r} gave {given}: expected a square uint8 RGB image [H, H, 3] of 16 to 4096 px; "
-        "convert the camera's encoding and size",
-    )
-
-
 def libero_image(image: np.ndarray, size: int, *, camera: str = "agentview") -> np.ndarray:
     """uint8 [size, size, 3] that the network was trained to see, from uint8 [H, H, 3] already turned by 180 degrees.
 
     JPEG there and back, Lanczos to `size`, centre crop of area 0.9, bilinear back to `size`.
     """
-    require_image(image, camera)
+    require_image(image, camera, square=True)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=2)
     decoded = Image.open(buffer, formats=("JPEG",)).convert("RGB")
@@ -81,18 +65,3 @@ def pixel_values(image: np.ndarray) -> Tensor:
         for mean, std in ((DINO_MEAN, DINO_STD), (SIGLIP_MEAN, SIGLIP_STD))
     ]
     return torch.cat(towers)[None]
-
-
-def camera_values(front: np.ndarray, wrist: np.ndarray, size: int, *, cameras: tuple[str, str]) -> Tensor:
-    """Input float32 [1, 6, size, size] in [-1, 1] of the small tower, from two images as policies see them.
-
-    Pixels are averaged down to `size` (Pillow's box filter); the channels are the front camera's, then the wrist's.
-    cameras: their names, for the refusal. Raises SteerError('bad_image').
-    """
-    parts = []
-    for image, camera in zip((front, wrist), cameras, strict=True):
-        require_image(image, camera)
-        if image.shape[0] != size:
-            image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
-        parts.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    return torch.cat(parts)[None].float() / 127.5 - 1.0

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from steer_runtime.policies.base import EMBEDDING, BaseConfig
+from steer_runtime.policies.objects.heatmap import HeatmapTower
+from steer_runtime.policies.objects.proprioception import StateEncoder
+from steer_runtime.policies.objects.tokens import ObjectProjector
 from steer_runtime.policies.openvla.config import OpenVLAConfig, ViTConfig
-from steer_runtime.policies.openvla.object_tokens import ObjectProjector
-from steer_runtime.policies.openvla.proprioception import StateEncoder
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _block(
 def _projector(config: OpenVLAConfig) -> list[Entry]:
     if config.heatmap is not None:
         with torch.device("meta"):
-            return _module(ObjectProjector(config), "projector", "projector")
+            return _module(ObjectProjector(len(config.heatmap.classes), config.lm.d_model), "projector", "projector")
     vision, d = config.vision_width, config.lm.d_model
     return [
         *_affine("projector.fc1", 4 * vision, (4 * vision, vision), "projector.fc1"),
@@ -206,7 +206,7 @@ def _state(config: OpenVLAConfig) -> list[Entry]:
     if not config.state_tokens:
         return []
     with torch.device("meta"):
-        encoder = StateEncoder(config)
+        encoder = StateEncoder(config.state_tokens, config.lm.d_model)
     return _module(encoder, "state_encoder", "state_encoder")
 
 

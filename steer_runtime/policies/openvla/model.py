@@ -22,10 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
+from steer_runtime.policies.objects.heatmap import HeatmapTower
+from steer_runtime.policies.objects.proprioception import StateEncoder
+from steer_runtime.policies.objects.tokens import ObjectProjector, named
 from steer_runtime.policies.openvla.config import OpenVLAConfig
-from steer_runtime.policies.openvla.object_tokens import ObjectProjector, named
-from steer_runtime.policies.openvla.proprioception import StateEncoder
-from steer_runtime.policies.openvla.vision_heatmap import HeatmapTower
 from steer_runtime.types import Role
 
 Announce = Callable[[list[Role]], None]
@@ -124,9 +124,11 @@ class OpenVLAModel(nn.Module):
             self.dino = DinoTower(config)
             self.siglip = SiglipTower(config)
         self.projector = (
-            Projector(config.vision_width, lm.d_model) if config.heatmap is None else ObjectProjector(config)
+            Projector(config.vision_width, lm.d_model)
+            if config.heatmap is None
+            else ObjectProjector(len(config.heatmap.classes), lm.d_model)
         )
-        self.state_encoder = StateEncoder(config) if config.state_tokens else None
+        self.state_encoder = StateEncoder(config.state_tokens, lm.d_model) if config.state_tokens else None
         if config.parallel:
             self.action_queries = nn.Parameter(torch.randn(config.action_tokens, lm.d_model) * 0.02)
         self.embedding_entry = nn.Identity()

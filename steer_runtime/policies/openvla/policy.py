@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from steer_runtime.errors import SteerError, nearest
+from steer_runtime.policies.objects.image import camera_values
+from steer_runtime.policies.objects.proprioception import OPEN, state_vector
+from steer_runtime.policies.objects.tokens import named
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint
 from steer_runtime.policies.openvla.config import OpenVLAConfig
-from steer_runtime.policies.openvla.image import camera_values, libero_image, pixel_values
+from steer_runtime.policies.openvla.image import libero_image, pixel_values
 from steer_runtime.policies.openvla.model import Decoded, OpenVLAModel
-from steer_runtime.policies.openvla.object_tokens import named
-from steer_runtime.policies.openvla.proprioception import OPEN, state_vector
 from steer_runtime.policies.shards import LoadReport
 from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.policies.weight_hash import hash_matrices

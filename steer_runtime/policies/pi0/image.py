@@ -14,21 +14,7 @@ import torch
 from torch import Tensor
 
 from steer_runtime.errors import SteerError, nearest
-
-
-def require_image(image: object, camera: str) -> None:
-    """Refuse what is not a uint8 RGB image of 16 to 4096 px a side. Raises SteerError('bad_image')."""
-    if isinstance(image, np.ndarray):
-        rgb = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-        if rgb and all(16 <= side <= 4096 for side in image.shape[:2]):
-            return
-        given = f"{image.dtype} {list(image.shape)}"
-    else:
-        given = type(image).__name__
-    raise SteerError(
-        "bad_image",
-        f"camera {camera!r} gave {given}: expected a uint8 RGB image [H, W, 3] of 16 to 4096 px; convert its encoding",
-    )
+from steer_runtime.policies.camera import require_image
 
 
 def padded(image: np.ndarray, size: int) -> Tensor:

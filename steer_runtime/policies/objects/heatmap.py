@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from steer_runtime.policies.openvla.config import HeatmapConfig
+from steer_runtime.policies.objects.config import HeatmapConfig
 
 STRIDE = 4
 """Pixels of a camera's image to one cell of its heatmap."""

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from steer_runtime.policies.openvla.config import OpenVLAConfig
-from steer_runtime.policies.openvla.proprioception import GAIN, STATE_SIZE
-from steer_runtime.policies.openvla.vision_heatmap import GEOMETRY, PARTS
+from steer_runtime.policies.objects.heatmap import GEOMETRY, PARTS
+from steer_runtime.policies.objects.proprioception import GAIN, STATE_SIZE
 
 _KIND = 32
 _WIDTH = 512
@@ -40,16 +39,14 @@ class ObjectProjector(nn.Module):
     centre [3], m: where objects are on average; set, not trained. name [C, d_model] begins as the words of each class.
     """
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, classes: int, d_model: int) -> None:
         super().__init__()
-        assert config.heatmap is not None
-        classes, d = len(config.heatmap.classes), config.lm.d_model
         self.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
         self.kind = nn.Parameter(torch.randn(classes, _KIND) * 0.5)
-        self.name = nn.Parameter(torch.zeros(classes, d))
+        self.name = nn.Parameter(torch.zeros(classes, d_model))
         self.fc1 = nn.Linear(GEOMETRY + 6 + STATE_SIZE + _KIND, _WIDTH)
         self.fc2 = nn.Linear(_WIDTH, _WIDTH)
-        self.fc3 = nn.Linear(_WIDTH, d)
+        self.fc3 = nn.Linear(_WIDTH, d_model)
 
     def forward(self, geometry: Tensor, state: Tensor, hand: Tensor) -> Tensor:
         """hand [B, 3]: position of the grip site in the world, m."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.openvla.config import OpenVLAConfig
 
 STATE_SIZE = 12
 """Position 3 (m), rotation 6, fingers 2 (m), last gripper command 1."""
@@ -29,13 +28,13 @@ class StateEncoder(nn.Module):
     mean, scale [STATE_SIZE]: of the training data; they are set, not trained.
     """
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, tokens: int, d_model: int) -> None:
         super().__init__()
-        self.tokens = config.state_tokens
+        self.tokens = tokens
         self.mean = nn.Parameter(torch.zeros(STATE_SIZE), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(STATE_SIZE), requires_grad=False)
         self.fc1 = nn.Linear(STATE_SIZE, _HIDDEN)
-        self.fc2 = nn.Linear(_HIDDEN, config.state_tokens * config.lm.d_model)
+        self.fc2 = nn.Linear(_HIDDEN, tokens * d_model)
 
     def normalise(self, state: Tensor) -> Tensor:
         """(x - mean) / scale of [B, STATE_SIZE]."""
