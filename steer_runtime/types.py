@@ -132,6 +132,8 @@ class Tower:
     residual_sites: modules whose output is the residual stream: the embedding entry first, then one per layer.
     last_steerable: the last layer whose FFN can reach the action, None where every layer can; residual site
     last_steerable + 1 is then the last one that can. why_dead: why nothing later can, for a refusal.
+    roles: of the tokens that it ever runs on. basis: what its residual stream is read through, the token basis or the
+    rows of an action matrix (`policy.action_basis`).
     """
 
     name: str
@@ -143,6 +145,8 @@ class Tower:
     firings_per_inference: int  # forwards of this tower in one inference; OpenVLA: 7
     last_steerable: int | None = None
     why_dead: str = ""
+    roles: frozenset[Role] = ALL_ROLES
+    basis: Literal["tokens", "actions"] = "tokens"
 
     @property
     def layers(self) -> int:

@@ -86,6 +86,7 @@ class Pi0Policy:
                 firings_per_inference=1,
                 last_steerable=prefix.layers - 2,
                 why_dead=WHY_DEAD,
+                roles=frozenset({"image", "text"}),
             ),
             EXPERT: Tower(
                 name=EXPERT,
@@ -95,6 +96,8 @@ class Pi0Policy:
                 d_ff=expert.d_ff,
                 max_tokens=config.expert_tokens,
                 firings_per_inference=self.euler_steps,
+                roles=frozenset({"state", "action"}),
+                basis="actions",
             ),
         }
         self._listener: TokenRoles | None = None
@@ -278,6 +281,14 @@ class Pi0Policy:
 
     @torch.inference_mode()
     def _denoise(self, observation: Observation, noise: Tensor) -> Denoised:
+        return self.decode(observation, noise)
+
+    def decode(self, observation: Observation, noise: Tensor | None = None) -> Denoised:
+        """The inference behind `infer`, differentiable through all denoising steps by whatever a hook puts into it.
+
+        noise float32 [chunk, action_dim], or that of the episode's next inference, which is not used up. Raises as `infer`.
+        """
+        noise = self.noise(self._inference) if noise is None else noise
         self._cancelled.clear()
         started = self._clock()
         inputs = self.inputs([observation])
