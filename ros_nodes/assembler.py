@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 from geometry_msgs.msg import PoseStamped
 from sensor_msgs.msg import Image, JointState
+from steer_msgs.msg import GripperCommand
 
-from ros_nodes.convert import RobotDescription, clean_text, image_from_msg, joints_from_msg, ns_from_time, pose_from_msg
+from ros_nodes.convert import (
+    RobotDescription,
+    clean_text,
+    gripper_from_msg,
+    image_from_msg,
+    joints_from_msg,
+    ns_from_time,
+    pose_from_msg,
+)
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Observation
 
@@ -23,7 +32,7 @@ MAX_UNFINISHED = 8
 
 
 class ObservationAssembler:
-    """Joins images, joint states and the end-effector pose of one robot session.
+    """Joins images, joint states, the end-effector pose and, of a robot that tells them, gripper commands of one session.
 
     freeze_timeout_s: a camera whose bytes stay the same for longer is taken for frozen; 0 switches that off, as a
     renderer without noise repeats itself legitimately. Not thread-safe.
@@ -39,7 +48,7 @@ class ObservationAssembler:
         self.description = description
         self.incomplete_frames = 0
         self._cameras = {camera.name: camera for camera in description.cameras}
-        self._wanted = {*self._cameras, "joints", "pose"}
+        self._wanted = {*self._cameras, "joints", "pose", *(("gripper",) if description.tells_gripper else ())}
         self._freeze_timeout_s = freeze_timeout_s
         self._clock = clock
         self._instruction: str | None = None
@@ -79,6 +88,11 @@ class ObservationAssembler:
         """Take the end-effector pose; as `image`."""
         stamp = self._fresh("pose", message)
         return self._add("pose", stamp, pose_from_msg(message))
+
+    def gripper(self, message: GripperCommand) -> Observation | None:
+        """Take the last gripper command of a robot whose description promises it; as `image`."""
+        stamp = self._fresh("gripper", message)
+        return self._add("gripper", stamp, gripper_from_msg(message))
 
     def _fresh(self, part: str, message: Any) -> int:
         stamp = ns_from_time(message.header.stamp)
@@ -133,4 +147,5 @@ class ObservationAssembler:
             instruction=instruction,
             stamp_ns=stamp,
             frame_id=self._frame_id,
+            gripper_command=frame.get("gripper"),
         )

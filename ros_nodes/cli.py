@@ -25,10 +25,13 @@ from steer_runtime.types import ROLES, Role
 
 if TYPE_CHECKING:
     from ros_nodes.client import NodeState, SteeringClient
+    from ros_nodes.status import RobotStatus
     from steer_runtime.steering.command import Verdict
 
 EXIT_REFUSED = 1
 EXIT_NO_NODE = 3
+ROBOT_S = 0.5
+"""Wait for a robot's status before it is taken that none runs."""
 
 Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the policy node.")]
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds to wait for the node.", min=0.1, max=600.0)]
@@ -43,7 +46,7 @@ def register(app: typer.Typer) -> None:
         # An axis takes negative numbers, which are not options.
         context_settings={"ignore_unknown_options": True},
         epilog="Examples:  steer pub slow 0.5  ·  steer pub slow-fast -0.8  ·  "
-        "steer pub slow 0.5 --ramp 0.5 --hold 2 --priority 1 --span text",
+        "steer pub slow 0.5 --ramp 0.5 --hold 2 --priority 1 --span text  ·  steer pub motion 1 --steps 0:3",
     )(publish)
     app.command("state", epilog="Examples:  steer state  ·  steer state --watch  ·  steer state --json")(show_state)
     app.command("clear", epilog="Examples:  steer clear slow  ·  steer clear --all")(clear)
@@ -78,6 +81,14 @@ def publish(
     hold: Annotated[float | None, typer.Option("--hold", help="Seconds it lasts. [default: until cleared]")] = None,
     priority: Annotated[int, typer.Option("--priority", help="The higher one wins.", min=-128, max=127)] = 0,
     span: Annotated[list[str] | None, typer.Option("--span", help=f"Tokens: {', '.join(ROLES)}; repeatable.")] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            "--steps",
+            metavar="A:B",
+            help="Denoising steps of a flow policy to write in, from A up to, not including, B. [default: all of them]",
+        ),
+    ] = None,
     source: Annotated[str, typer.Option("--source", help="Name to command under.")] = "steer-cli",
     namespace: Namespace = "/steer",
     timeout: Timeout = 8.0,
@@ -87,7 +98,14 @@ def publish(
     with _client(namespace, source) as client:
         state = client.state(timeout)
         sent = client.publish(
-            target, strength, ramp_s=ramp, hold_s=hold, priority=priority, span=_span(span), timeout=timeout
+            target,
+            strength,
+            ramp_s=ramp,
+            hold_s=hold,
+            priority=priority,
+            span=_span(span),
+            steps=_steps(steps),
+            timeout=timeout,
         )
         verdict = client.wait_verdict(sent, timeout)
     _finish(verdict, state, as_json)
@@ -121,21 +139,22 @@ def show_state(
     timeout: Timeout = 8.0,
     as_json: AsJson = False,
 ) -> None:
-    """What the policy node does now: loop, active directions, counters, alarms."""
+    """What the policy node does now, and which chunk and steering the robot's last control step came from."""
     with _client(namespace) as client:
         state = client.state(timeout)
+        robot = client.robot(ROBOT_S)
         if not watch:
-            _print_json(state) if as_json else Console().print(_state_view(state))
+            _print_state(state, robot) if as_json else Console().print(_state_view(state, robot))
             return
         try:
             if as_json:
                 while True:
-                    _print_json(state)
-                    state = client.next_state(timeout)
-            with Live(_state_view(state), refresh_per_second=10) as live:
+                    _print_state(state, robot)
+                    state, robot = client.next_state(timeout), client.robot()
+            with Live(_state_view(state, robot), refresh_per_second=10) as live:
                 while True:
-                    state = client.next_state(timeout)
-                    live.update(_state_view(state))
+                    state, robot = client.next_state(timeout), client.robot()
+                    live.update(_state_view(state, robot))
         except KeyboardInterrupt:
             return
 
@@ -172,6 +191,15 @@ def _span(names: list[str] | None) -> frozenset[Role] | None:
     return frozenset(cast("list[Role]", names))
 
 
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    begin, colon, end = text.partition(":")
+    if not (colon and begin.isascii() and begin.isdigit() and end.isascii() and end.isdigit()):
+        raise SteerError("bad_steps", f"--steps {text[:40]!r} is no range of steps: expected A:B, such as 0:3")
+    return int(begin), int(end)
+
+
 def _finish(verdict: Verdict, state: NodeState, as_json: bool) -> None:
     if as_json:
         _print_json(verdict)
@@ -185,15 +213,18 @@ def _finish(verdict: Verdict, state: NodeState, as_json: bool) -> None:
         raise typer.Exit(EXIT_REFUSED)
 
 
-def _state_view(state: NodeState) -> Group:
+def _state_view(state: NodeState, robot: RobotStatus | None) -> Group:
     age_s = time.time() - state.stamp_ns / 1e9
     head = Table.grid(padding=(0, 2))
     head.add_row("policy", Text(state.policy_text or "none", style="" if state.trained else "yellow"))
     head.add_row("node", f"{state.lifecycle}, loop {state.loop_state}, instance {state.instance_id[:8]}")
     head.add_row("steering", f"epoch {state.steering.epoch}, sequence {state.steering.sequence}")
     head.add_row("state age", f"{age_s:.1f} s")
+    for label, text in _robot_rows(robot):
+        head.add_row(label, text)
     active = Table("target", "direction", "strength", "commanded", "priority", "source", "span", "shadowed", "expires")
     for a in state.active:
+        steps = "" if a.steps is None else f" steps {a.steps[0]}:{a.steps[1]}"
         active.add_row(
             a.target,
             a.direction_id,
@@ -201,15 +232,40 @@ def _state_view(state: NodeState) -> Group:
             f"{a.commanded:+.3f}",
             str(a.priority),
             a.source,
-            " ".join(sorted(a.span or ())),
+            " ".join(sorted(a.span or ())) + steps,
             str(a.shadowed_neurons),
             "when cleared" if a.expires_in_s is None else f"{a.expires_in_s:.1f} s",
         )
     counters = Table("counter", "value")
-    for name, value in sorted(state.counters.items()):
+    told = {**state.counters, **({} if robot is None else {f"robot: {k}": v for k, v in robot.counters.items()})}
+    for name, value in sorted(told.items()):
         counters.add_row(name, str(value))
     alarms = [Text(f"alarm: {alarm}", style="red") for alarm in state.alarms]
     return Group(head, active if state.active else Text("nothing is steered"), *alarms, counters)
+
+
+def _robot_rows(robot: RobotStatus | None) -> list[tuple[str, str]]:
+    """What the robot says of its last control step, as label and text."""
+    if robot is None:
+        return [("robot", "none is heard")]
+    over = "" if not robot.done else ", succeeded" if robot.success else ", ended without success"
+    last = robot.last
+    if last.held:
+        executed = f"held ({last.held})"
+    else:
+        executed = (
+            f"row {last.row} of chunk {last.inference_id}, made under epoch {last.steering.epoch}, sequence "
+            f"{last.steering.sequence}, {last.delay_steps} steps after its frame"
+        )
+    return [
+        ("robot", f"{robot.mode}, episode {robot.episode + 1}, control step {robot.step}{over}"),
+        ("last step", executed),
+        ("of the session", f"{robot.hold_steps} steps held, {robot.trimmed_rows} rows trimmed as late"),
+    ]
+
+
+def _print_state(state: NodeState, robot: RobotStatus | None) -> None:
+    _print_json({**vars(state), "robot": robot})
 
 
 def _print_json(value: Any) -> None:

@@ -20,12 +20,14 @@ from typing import TypeVar
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
+from steer_msgs.msg import EpisodeStatus
 from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
 from steer_msgs.msg import SteeringState as SteeringStateMsg
 from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
 
-from ros_nodes.convert import command_to_msg, ns_from_time, span_from_mask, verdict_from_msg
+from ros_nodes.convert import command_to_msg, ns_from_time, span_from_mask, steps_from, verdict_from_msg
 from ros_nodes.qos import COMMAND, LATCHED, VERDICT
+from ros_nodes.status import RobotStatus, status_from_msg
 from steer_runtime.errors import SteerError
 from steer_runtime.steering.command import CommandOp, SteeringCommand, Verdict
 from steer_runtime.types import Role, SteeringStamp
@@ -50,6 +52,7 @@ class ActiveDirection:
     span: frozenset[Role] | None
     shadowed_neurons: int
     expires_in_s: float | None
+    steps: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,15 @@ class SteeringClient:
         self._changed = threading.Condition()
         self._state: NodeState | None = None
         self._state_count = 0
+        self._robot: RobotStatus | None = None
         self._verdicts: OrderedDict[tuple[str, int, int], Verdict] = OrderedDict()
         self._context = rclpy.Context()
         rclpy.init(context=self._context, domain_id=domain_id, signal_handler_options=SignalHandlerOptions.NO)
         name = f"steering_client_{os.getpid()}_{self.epoch % 1_000_000_000}"
         self._node = rclpy.create_node(name, context=self._context, namespace=namespace, start_parameter_services=False)
-        # Endpoints are announced in order: whoever reached `state`, created last, knows the other two as well.
+        # Endpoints are announced in order: whoever reached `state`, created last, knows the others as well.
         self._publisher = self._node.create_publisher(SteeringCommandMsg, "command", COMMAND)
+        self._node.create_subscription(EpisodeStatus, "episode", self._on_episode, LATCHED)
         self._node.create_subscription(SteeringVerdictMsg, "verdict", self._on_verdict, VERDICT)
         self._node.create_subscription(SteeringStateMsg, "state", self._on_state, LATCHED)
         self._executor = SingleThreadedExecutor(context=self._context)
@@ -165,14 +170,16 @@ class SteeringClient:
         hold_s: float | None = None,
         priority: int = 0,
         span: frozenset[Role] | None = None,
+        steps: tuple[int, int] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
     ) -> SteeringCommand:
         """Send one strength and return the command as sent. target: a direction, `name@hash`, or an axis.
 
         strength: [0, 1] for a direction, [-1, 1] for an axis. ramp_s: None takes the engine's default. hold_s: released
-        that many seconds later; None keeps it until cleared. Raises SteerError('no_node').
+        that many seconds later; None keeps it until cleared. steps: denoising steps of a flow policy, from the first up to,
+        not including, the second; None is all of them. Raises SteerError('no_node').
         """
-        return self._send("set", target, strength, ramp_s, hold_s, priority, span, timeout)
+        return self._send("set", target, strength, ramp_s, hold_s, priority, span, steps, timeout)
 
     def clear(
         self,
@@ -184,7 +191,7 @@ class SteeringClient:
     ) -> SteeringCommand:
         """Clear one target, or all of them when none is named. Raises SteerError('no_node')."""
         op: CommandOp = "clear_all" if target is None else "clear"
-        return self._send(op, target or "", 0.0, ramp_s, None, priority, None, timeout)
+        return self._send(op, target or "", 0.0, ramp_s, None, priority, None, None, timeout)
 
     def send(self, command: SteeringCommand, timeout: float = DEFAULT_TIMEOUT_S) -> SteeringCommand:
         """Send a command just as it is, whatever its stamp and sequence. Raises SteerError('no_node')."""
@@ -242,6 +249,10 @@ class SteeringClient:
         """The first state that satisfies `wanted`. Raises SteerError('no_state') after `timeout` seconds."""
         return self._state_or_raise(wanted, timeout, "the wanted state")
 
+    def robot(self, timeout: float = 0.0) -> RobotStatus | None:
+        """What the robot said after its last control step; None when none is heard within `timeout` seconds."""
+        return self._wait(lambda: self._robot, timeout)
+
     def directions(self, timeout: float = DEFAULT_TIMEOUT_S) -> tuple[KnownDirection, ...]:
         """Directions loaded in the node."""
         return self.connect(timeout).directions
@@ -259,6 +270,7 @@ class SteeringClient:
         hold_s: float | None,
         priority: int,
         span: frozenset[Role] | None,
+        steps: tuple[int, int] | None,
         timeout: float,
     ) -> SteeringCommand:
         self.connect(timeout)
@@ -276,6 +288,7 @@ class SteeringClient:
                 hold_s,
                 priority,
                 span,
+                steps,
             )
             self._publisher.publish(command_to_msg(command))
         return command
@@ -303,6 +316,12 @@ class SteeringClient:
             self._verdicts[(verdict.source, verdict.epoch, verdict.sequence)] = verdict
             while len(self._verdicts) > MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
+            self._changed.notify_all()
+
+    def _on_episode(self, message: EpisodeStatus) -> None:
+        status = status_from_msg(message)
+        with self._changed:
+            self._robot = status
             self._changed.notify_all()
 
     def _on_state(self, message: SteeringStateMsg) -> None:
@@ -336,6 +355,7 @@ def _state_from_msg(message: SteeringStateMsg) -> NodeState:
                 span=span_from_mask(a.span),
                 shadowed_neurons=a.shadowed_neurons,
                 expires_in_s=None if a.expires_in_s < 0 else a.expires_in_s,
+                steps=steps_from(a.step_begin, a.step_end),
             )
             for a in message.active
         ),

@@ -6,20 +6,19 @@ the field. A message can carry NaN, a wrong size or a text of any length: its ty
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PoseStamped
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Header
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
 from steer_msgs.msg import ActiveDirection as ActiveDirectionMsg
+from steer_msgs.msg import GripperCommand as GripperCommandMsg
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
 from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
@@ -28,10 +27,6 @@ from steer_runtime.errors import SteerError
 from steer_runtime.steering.command import CommandOp, SteeringCommand, Verdict
 from steer_runtime.types import ROLES, ActionChunk, ActionSpace, Role, SteeringStamp, span_bits
 
-MAX_JSON_CHARS = 4096
-"""Longest JSON command that is parsed at all; a full command is about 300 characters."""
-MAX_JSON_DEPTH = 2
-"""A command is one object whose deepest member is the list of span roles."""
 MAX_TEXT = 512
 MAX_IMAGE_SIDE = 4096
 MAX_CHUNK_ROWS = 1024
@@ -78,22 +73,28 @@ def span_from_mask(mask: int) -> frozenset[Role] | None:
     return frozenset(role for bit, role in enumerate(ROLES) if mask >> bit & 1)
 
 
+def steps_from(begin: int, end: int) -> tuple[int, int] | None:
+    """Denoising steps of a message; both 0 is None, every step."""
+    return None if begin == end == 0 else (begin, end)
+
+
 # --- steering commands -----------------------------------------------------------------------------------------------
 
 
 def command_to_msg(command: SteeringCommand) -> SteeringCommandMsg:
-    """A typed message: ramp_s None becomes -1 (the engine's default), hold_s None becomes 0 (until cleared).
+    """A typed message: ramp_s None becomes -1 (the engine's default), hold_s None 0 (until cleared), steps None 0 and 0.
 
-    Raises SteerError('bad_field') for a number beyond the message's integers, such as a priority of 200, and
-    'bad_steps' for a command that names steps, which the message has no place for.
+    Raises SteerError('bad_field') for a number beyond the message's integers, such as a priority of 200 or steps that end
+    at 0, which the message says for all of them.
     """
-    if command.steps is not None:
-        raise SteerError("bad_steps", "a typed command cannot name steps: publish it as JSON on `command_json`")
+    begin, end = command.steps or (0, 0)
     # Messages wrap integers that do not fit, without a word.
     for label, value, low, high in (
         ("epoch", command.epoch, 0, 2**64 - 1),
         ("sequence", command.sequence, 0, 2**64 - 1),
         ("priority", command.priority, -128, 127),
+        ("first step", begin, 0, 2**32 - 1),
+        ("end of the steps", end, 0 if command.steps is None else 1, 2**32 - 1),
     ):
         if not low <= value <= high:
             raise SteerError("bad_field", f"{label} of the command is {value}: expected {low} to {high}; correct it")
@@ -109,6 +110,8 @@ def command_to_msg(command: SteeringCommand) -> SteeringCommandMsg:
         hold_s=0.0 if command.hold_s is None else float(command.hold_s),
         priority=command.priority,
         span=0 if command.span is None else span_bits(command.span),
+        step_begin=begin,
+        step_end=end,
     )
 
 
@@ -132,93 +135,8 @@ def command_from_msg(message: SteeringCommandMsg) -> SteeringCommand:
         hold_s=None if message.hold_s == 0 else message.hold_s,
         priority=message.priority,
         span=span_from_mask(message.span),
+        steps=steps_from(message.step_begin, message.step_end),
     )
-
-
-class _JsonCommand(BaseModel):
-    """The JSON form of a command: the typed message's fields, nulls where that has its special numbers."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    source: str
-    epoch: int
-    sequence: int
-    stamp_ns: int
-    op: CommandOp = "set"
-    target: str = ""
-    strength: float = 0.0
-    ramp_s: float | None = None
-    hold_s: float | None = None
-    priority: Annotated[int, Field(ge=-128, le=127)] = 0
-    span: list[Role] | None = None
-    steps: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-
-
-def command_from_json(text: str) -> SteeringCommand:
-    """A JSON object as a command. Size and depth are checked before parsing, so the work is bounded.
-
-    Raises SteerError naming the field for anything but one flat object with known, unique keys of the right types.
-    """
-    if len(text) > MAX_JSON_CHARS:
-        raise SteerError("too_long", f"the command has {len(text)} characters: expected at most {MAX_JSON_CHARS}")
-    if "\0" in text:
-        raise SteerError("bad_text", "the command holds a NUL character; send plain JSON text")
-    if _depth(text) > MAX_JSON_DEPTH:
-        raise SteerError("too_deep", f"the command is nested deeper than {MAX_JSON_DEPTH}; send one flat object")
-    try:
-        fields = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except ValueError as error:
-        raise SteerError("bad_json", f"the command is not JSON: {error}; send one object") from error
-    if not isinstance(fields, dict):
-        raise SteerError("bad_json", f"the command is a JSON {type(fields).__name__}: expected one object")
-    try:
-        checked = _JsonCommand.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "command"
-        raise SteerError(
-            "bad_field", f"field {name[:80]!r} of the command: {first['msg']}; correct it and send again"
-        ) from error
-    span = None if checked.span is None else frozenset(checked.span)
-    steps = None if checked.steps is None else (checked.steps[0], checked.steps[1])
-    return SteeringCommand(**{**checked.model_dump(exclude={"span", "steps"}), "span": span, "steps": steps})
-
-
-def command_to_json(command: SteeringCommand) -> str:
-    """The JSON form of a command."""
-    fields = {**vars(command), "span": None if command.span is None else sorted(command.span)}
-    return json.dumps(fields, allow_nan=False)
-
-
-def _depth(text: str) -> int:
-    """Deepest bracket nesting outside strings."""
-    depth = deepest = 0
-    quoted = escaped = False
-    for char in text:
-        if quoted:
-            quoted = escaped or char != '"'
-            escaped = char == "\\" and not escaped
-        elif char == '"':
-            quoted = True
-        elif char in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in "]}":
-            depth -= 1
-    return deepest
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SteerError("duplicate_key", f"field {twice[:80]!r} occurs twice in the command; send it once")
-    return fields
-
-
-def _no_constant(literal: str) -> float:
-    raise SteerError("not_finite", f"the command holds the literal {literal}: expected finite numbers")
 
 
 # --- verdicts and state ----------------------------------------------------------------------------------------------
@@ -257,6 +175,7 @@ def verdict_from_msg(message: SteeringVerdictMsg) -> Verdict:
 def active_to_msg(active: Any) -> ActiveDirectionMsg:
     """One active direction of the engine's state (steering.engine.ActiveDirection) as a message."""
     expires = active.expires_in_s
+    begin, end = active.steps or (0, 0)
     return ActiveDirectionMsg(
         target=active.target,
         direction_id=active.direction_id,
@@ -267,6 +186,8 @@ def active_to_msg(active: Any) -> ActiveDirectionMsg:
         span=span_bits(frozenset(active.span)) if active.span else 0,
         shadowed_neurons=active.shadowed_neurons,
         expires_in_s=-1.0 if expires is None else float(expires),
+        step_begin=begin,
+        step_end=end,
     )
 
 
@@ -342,7 +263,10 @@ class Camera:
 
 @dataclass(frozen=True)
 class RobotDescription:
-    """What a robot says of itself before motion. gripper_joints: the two finger joints (m) of the state vector."""
+    """What a robot says of itself before motion. gripper_joints: the two finger joints (m) of the state vector.
+
+    tells_gripper: a frame is whole only with the gripper command executed before it, on `gripper_command`.
+    """
 
     session_id: str
     robot: str
@@ -351,6 +275,7 @@ class RobotDescription:
     cameras: tuple[Camera, ...]
     joint_names: tuple[str, ...]
     gripper_joints: tuple[str, ...]
+    tells_gripper: bool = False
 
 
 def description_to_msg(description: RobotDescription, stamp_ns: int) -> RobotDescriptionMsg:
@@ -368,6 +293,7 @@ def description_to_msg(description: RobotDescription, stamp_ns: int) -> RobotDes
         camera_encodings=[camera.encoding for camera in description.cameras],
         joint_names=list(description.joint_names),
         gripper_joints=list(description.gripper_joints),
+        tells_gripper=description.tells_gripper,
     )
 
 
@@ -418,6 +344,7 @@ def description_from_msg(message: RobotDescriptionMsg) -> RobotDescription:
         cameras=cameras,
         joint_names=tuple(message.joint_names),
         gripper_joints=tuple(message.gripper_joints),
+        tells_gripper=message.tells_gripper,
     )
 
 
@@ -470,6 +397,13 @@ def joints_from_msg(message: JointState, wanted: Sequence[str]) -> dict[str, flo
     if not all(math.isfinite(found[name]) for name in wanted):
         raise SteerError("not_finite", "joint state holds NaN or infinite positions; it is dropped")
     return {name: found[name] for name in wanted}
+
+
+def gripper_from_msg(message: GripperCommandMsg) -> float:
+    """The last gripper command before a frame. Raises SteerError('not_finite')."""
+    if not math.isfinite(message.command):
+        raise SteerError("not_finite", "gripper command is NaN or infinite; it is dropped")
+    return float(message.command)
 
 
 def pose_to_msg(position: np.ndarray, quaternion: np.ndarray, stamp: Time, frame_id: str) -> PoseStamped:

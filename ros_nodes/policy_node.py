@@ -9,12 +9,10 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import os
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -24,37 +22,37 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Header, String
 from std_srvs.srv import Trigger
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
+from steer_msgs.msg import GripperCommand
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
 from steer_msgs.msg import SteeringState as SteeringStateMsg
 from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
 
+from ros_nodes.answers import Answers
 from ros_nodes.assembler import ObservationAssembler
+from ros_nodes.command_json import command_from_json
 from ros_nodes.convert import (
     RobotDescription,
     active_to_msg,
     chunk_to_msg,
     clean_text,
-    command_from_json,
     command_from_msg,
     description_from_msg,
     time_from_ns,
     verdict_to_msg,
 )
 from ros_nodes.guard import Complaints, guarded
-from ros_nodes.parameters import declare, parameter, read
+from ros_nodes.loading import Loaded, PolicyParameters, load
+from ros_nodes.parameters import declare, read
 from ros_nodes.process import serve
 from ros_nodes.qos import ACTION, COMMAND, DIAGNOSTICS, LATCHED, SENSOR, VERDICT
-from steer_runtime.directions.direction import Axis, Direction
+from ros_nodes.rivals import Rivals
 from steer_runtime.errors import SteerError
-from steer_runtime.loop import InferenceLoop, LoopEvent
-from steer_runtime.steering.command import Limits, SteeringCommand, Verdict
-from steer_runtime.steering.engine import SteeringEngine
+from steer_runtime.loop import LoopEvent
+from steer_runtime.steering.command import SteeringCommand, Verdict
 from steer_runtime.steering.trace import TraceRecord
-from steer_runtime.types import ActionChunk, Observation, Policy, SteeringStamp, require_match
+from steer_runtime.types import ActionChunk, Observation, SteeringStamp, require_match
 
-RIVAL_SILENCE_S = 1.5
-"""Another instance that has not shown its state for so long is taken for dead; states come at 5 Hz."""
 TICK_S = 0.05
 """Period of the watchdog; also the shortest time between two states."""
 
@@ -62,63 +60,6 @@ PACE_S = 0.004
 """Commands that come faster are judged a few at a time: at 1000 a second it halves the node's processor time."""
 ANSWER_AGAIN_S = 0.5
 """The same answer is not published again sooner."""
-
-
-@dataclass(frozen=True)
-class PolicyParameters:
-    """Parameters of the policy node."""
-
-    policy: str = parameter("", "policy to load: a YAML file, or the name of one in configs/policies")
-    device: str = parameter("cpu", "torch device of the policy")
-    torch_threads: int = parameter(0, "threads of torch; 0 keeps torch's choice", low=0, high=256)
-    direction_store: str = parameter("", "folder of directions and axes; empty loads none")
-    directions: tuple[str, ...] = parameter((), "directions to load, as name or name@hash; empty loads the whole store")
-    autostart: bool = parameter(
-        False, "configure and activate without a lifecycle manager, and end when that is refused"
-    )
-    observation_timeout_s: float = parameter(
-        2.0, "without a new observation for so long the node holds", low=0.05, high=60.0, live=True
-    )
-    freeze_timeout_s: float = parameter(
-        0.0, "a camera whose picture stays bit-identical for longer is refused; 0 is off", low=0.0, high=60.0
-    )
-    state_rate_hz: float = parameter(5.0, "rate of the state, the node's heartbeat", low=1.0, high=20.0)
-    verdict_rate_hz: float = parameter(
-        100.0, "acceptances published a second and source; further ones are counted", low=1.0, high=1000.0, live=True
-    )
-    restart_on_command: bool = parameter(
-        False,
-        "an accepted command begins the running inference anew, so that the next chunk carries it; policies that cannot "
-        "stop between their steps finish it",
-    )
-    max_restarts: int = parameter(3, "failures of the policy that are answered by a restart", low=0, high=100)
-    command_max_age_s: float = parameter(1.0, "an older command is refused", low=0.01, high=60.0)
-    command_max_future_s: float = parameter(0.2, "a command stamped further ahead is refused", low=0.0, high=60.0)
-    default_ramp_s: float = parameter(0.1, "ramp of a command that names none", low=0.0, high=60.0)
-    release_s: float = parameter(0.3, "time in which an expired command fades", low=0.0, high=60.0)
-    max_slew_per_s: float = parameter(10.0, "fastest change of a strength", low=0.01, high=1000.0)
-    over_limit: str = parameter("clamp", "what happens to a strength over its limit", choices=("clamp", "reject"))
-    trace_path: str = parameter("", "file to append the engine's trace to, a JSON line an inference; empty writes none")
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What configuring made."""
-
-    policy: Policy
-    engine: SteeringEngine
-    loop: InferenceLoop
-    direction_ids: tuple[tuple[str, str, float], ...]  # name, id, largest strength
-
-
-@dataclass(frozen=True)
-class _Rival:
-    """Another instance of this node and when it was last heard (steady seconds)."""
-
-    instance_id: str
-    started_ns: int
-    lifecycle: str
-    heard_s: float
 
 
 class PolicyNode(LifecycleNode):
@@ -132,16 +73,14 @@ class PolicyNode(LifecycleNode):
         self.instance_id = uuid.uuid4().hex
         self._started_ns = time.time_ns()
         self._settings = declare(self, PolicyParameters)
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
         self._description: RobotDescription | None = None
         self._description_refused = ""
+        self._session: RobotDescription | None = None  # the robot that the running loop acts for
         self._assembler: ObservationAssembler | None = None
         self._sensors: list[Any] = []
-        self._rivals: dict[str, _Rival] = {}
+        self._rivals = Rivals(self.instance_id, self._started_ns)
         self.complaints = Complaints(self)
-        self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        self._untold: dict[str, Verdict] = {}
-        self._sequences: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._lifecycle = "unconfigured"
         self._autostart_over = False
         self._last_event: LoopEvent | None = None
@@ -152,6 +91,11 @@ class PolicyNode(LifecycleNode):
 
         self._state_pub = self.create_publisher(SteeringStateMsg, "state", LATCHED)
         self._verdict_pub = self.create_publisher(SteeringVerdictMsg, "verdict", VERDICT)
+        self._answers = Answers(
+            lambda verdict: self._verdict_pub.publish(verdict_to_msg(verdict, time.time_ns())),
+            lambda: self._settings.verdict_rate_hz,
+            self.complaints.count,
+        )
         self._action_pub = self.create_publisher(ActionChunkMsg, "actions", ACTION)
         self._diagnostics_pub = self.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
         self._commands = self.create_subscription(SteeringCommandMsg, "command", self._on_command, COMMAND)
@@ -171,7 +115,7 @@ class PolicyNode(LifecycleNode):
         try:
             self._settings = read(self, PolicyParameters)
             self._yield_to_elder()
-            self._loaded = self._load(self._settings)
+            self._loaded = load(self._settings, self._on_chunk, self._on_event)
         except Exception as error:
             return self._refused("configure", error)
         finally:
@@ -228,50 +172,6 @@ class PolicyNode(LifecycleNode):
         self._lifecycle = "finalized"
         self._publish_state()
 
-    def _load(self, wanted: PolicyParameters) -> _Loaded:
-        if not wanted.policy:
-            raise SteerError(
-                "bad_parameter", "parameter 'policy' is empty; give a YAML file or the name of one in configs/policies"
-            )
-        if wanted.directions and not wanted.direction_store:
-            raise SteerError(
-                "bad_parameter", "parameter 'directions' is set but 'direction_store' is not; give the folder"
-            )
-        if wanted.direction_store and not os.path.isdir(wanted.direction_store):
-            raise SteerError(
-                "no_store", f"parameter 'direction_store' is {wanted.direction_store!r}: expected an existing folder"
-            )
-        # Imported late: they take seconds, in which the node is not yet heard and cannot be ended.
-        import torch
-
-        from steer_runtime.directions.store import DirectionStore
-        from steer_runtime.policies import load_policy
-
-        if wanted.torch_threads:
-            torch.set_num_threads(wanted.torch_threads)
-        policy = load_policy(wanted.policy, device=wanted.device)
-        directions: tuple[Direction, ...] = ()
-        axes: tuple[Axis, ...] = ()
-        if wanted.direction_store:
-            store = DirectionStore(wanted.direction_store)
-            if wanted.directions:
-                directions = tuple(store.load(ref, model_hash=policy.model_hash) for ref in wanted.directions)
-            else:
-                directions = store.load_all()
-            names = {direction.name for direction in directions}
-            axes = tuple(axis for axis in store.load_axes() if {axis.negative, axis.positive} <= names)
-        limits = Limits(
-            max_age_s=wanted.command_max_age_s,
-            max_future_s=wanted.command_max_future_s,
-            default_ramp_s=wanted.default_ramp_s,
-            release_s=wanted.release_s,
-            max_slew=wanted.max_slew_per_s,
-            over_limit="reject" if wanted.over_limit == "reject" else "clamp",
-        )
-        engine = SteeringEngine(policy, directions, axes, limits=limits)
-        loop = InferenceLoop(policy, engine, self._on_chunk, self._on_event, max_restarts=wanted.max_restarts)
-        return _Loaded(policy, engine, loop, tuple((d.name, d.id, d.max_strength) for d in directions))
-
     def _start(self, description: RobotDescription) -> None:
         loaded = self._require_loaded()
         require_match(loaded.policy.action_space, description.space)
@@ -279,12 +179,15 @@ class PolicyNode(LifecycleNode):
         self._last_seen_s = self._last_good_s = time.monotonic()
         self._submitted_frame = self._answered_frame = 0
         self._last_event = self._last_sent = None
+        self._session = description
         loaded.loop.start()
         for camera in description.cameras:
             on_image = functools.partial(self._on_image, camera.name)
             topic = f"camera/{camera.name}/image"
             self._sensors.append(self.create_subscription(Image, topic, on_image, SENSOR))
         self._sensors.append(self.create_subscription(JointState, "joint_states", self._on_joints, SENSOR))
+        if description.tells_gripper:
+            self._sensors.append(self.create_subscription(GripperCommand, "gripper_command", self._on_gripper, SENSOR))
         self._sensors.append(self.create_subscription(PoseStamped, "eef_pose", self._on_pose, SENSOR))
         self._sensors.append(self.create_subscription(String, "instruction", self._on_instruction, LATCHED))
         mode = "lockstep" if description.lockstep else "free-running"
@@ -306,21 +209,13 @@ class PolicyNode(LifecycleNode):
         return True
 
     def _yield_to_elder(self) -> None:
-        elder = self._elder()
+        elder = self._rivals.elder()
         if elder is not None:
             raise SteerError(
                 "second_instance",
                 f"policy node {elder.instance_id[:8]} runs already in namespace {self.get_namespace()!r} and is older; "
                 "this one does not act: stop one of them or give this one another namespace",
             )
-
-    def _elder(self) -> _Rival | None:
-        now = time.monotonic()
-        for rival in self._rivals.values():
-            alive = now - rival.heard_s < RIVAL_SILENCE_S and rival.lifecycle != "finalized"
-            if alive and (rival.started_ns, rival.instance_id) < (self._started_ns, self.instance_id):
-                return rival
-        return None
 
     def _refused(self, what: str, error: Exception) -> TransitionCallbackReturn:
         sentence = error.sentence if isinstance(error, SteerError) else f"{type(error).__name__}: {error}"
@@ -338,7 +233,7 @@ class PolicyNode(LifecycleNode):
         self._publish_state()
         return TransitionCallbackReturn.SUCCESS
 
-    def _require_loaded(self) -> _Loaded:
+    def _require_loaded(self) -> Loaded:
         if self._loaded is None:
             raise SteerError("not_configured", "the policy node holds no policy yet; configure it first")
         return self._loaded
@@ -377,18 +272,18 @@ class PolicyNode(LifecycleNode):
         self.complaints.count("commands")
         try:
             command = make()
-            self._count_missed(command)
+            self._answers.count_missed(command)
             if self._lifecycle != "active":
                 source, epoch, sequence = command.source, command.epoch, command.sequence
                 raise SteerError("not_active", f"the policy node is {self._lifecycle}; activate it, then send again")
         except SteerError as error:
-            self._answer(self._refusal(error, source, epoch, sequence))
+            self._answers.tell(self._refusal(error, source, epoch, sequence))
             return
         loaded = self._require_loaded()
         verdict = loaded.engine.apply(command)
         if verdict.accepted and self._settings.restart_on_command:
             loaded.loop.restart()
-        self._answer(verdict)
+        self._answers.tell(verdict)
 
     def _refusal(self, error: SteerError, source: str, epoch: int, sequence: int) -> Verdict:
         if self._loaded is not None:
@@ -396,39 +291,6 @@ class PolicyNode(LifecycleNode):
             return refuse(error.code, error.sentence, source=source, epoch=epoch, sequence=sequence)
         self.complaints.count("refused")
         return Verdict(False, error.code, error.sentence, source, epoch, sequence, SteeringStamp(0, 0), 0.0)
-
-    def _answer(self, verdict: Verdict) -> None:
-        # Refusals are always told; acceptances of one source only as fast as anybody can read them, the newest always.
-        if verdict.accepted and not self._may_tell(verdict.source):
-            if self._untold.get(verdict.source) is not None:
-                self.complaints.count("suppressed_verdicts")
-            self._untold[verdict.source] = verdict
-            return
-        self._verdict_pub.publish(verdict_to_msg(verdict, time.time_ns()))
-
-    def _tell_delayed(self) -> None:
-        for source in [source for source in self._untold if self._may_tell(source)]:
-            self._verdict_pub.publish(verdict_to_msg(self._untold.pop(source), time.time_ns()))
-
-    def _may_tell(self, source: str) -> bool:
-        """Token bucket of one second for each source."""
-        rate, now = self._settings.verdict_rate_hz, time.monotonic()
-        left, at = self._tokens.pop(source, (rate, now))
-        left = min(rate, left + (now - at) * rate)
-        self._tokens[source] = (left - 1.0 if left >= 1.0 else left, now)
-        while len(self._tokens) > 64:
-            self._untold.pop(self._tokens.popitem(last=False)[0], None)
-        return left >= 1.0
-
-    def _count_missed(self, command: SteeringCommand) -> None:
-        """Commands that the network dropped show as gaps in a source's sequence."""
-        last = self._sequences.pop(command.source, None)
-        if last is not None and last[0] == command.epoch and command.sequence > last[1] + 1:
-            self.complaints.count("missed_commands", min(command.sequence - last[1] - 1, 1_000_000))
-        newest = (command.epoch, command.sequence)
-        self._sequences[command.source] = newest if last is None else max(last, newest)
-        while len(self._sequences) > 64:
-            self._sequences.popitem(last=False)
 
     # -- robot --------------------------------------------------------------------------------------------------------
 
@@ -456,6 +318,9 @@ class PolicyNode(LifecycleNode):
 
     def _on_pose(self, message: PoseStamped) -> None:
         self._sense(lambda assembler: assembler.pose(message))
+
+    def _on_gripper(self, message: GripperCommand) -> None:
+        self._sense(lambda assembler: assembler.gripper(message))
 
     def _on_instruction(self, message: String) -> None:
         self._sense(lambda assembler: assembler.instruction(message.data))
@@ -503,17 +368,18 @@ class PolicyNode(LifecycleNode):
     # -- inference (its own thread) -----------------------------------------------------------------------------------
 
     def _on_chunk(self, chunk: ActionChunk) -> None:
-        description, loaded = self._description, self._loaded
-        if description is None or loaded is None:
+        # Not the newest description: a chunk for a robot that has begun anew must not go out in its new session's name.
+        session, loaded = self._session, self._loaded
+        if session is None or loaded is None:
             return
         self._write_trace(loaded.engine.trace.last)
-        if not description.lockstep and self._silent_s() > self._settings.observation_timeout_s:
+        if not session.lockstep and self._silent_s() > self._settings.observation_timeout_s:
             self.complaints.count("withheld_chunks")
             return
         message = chunk_to_msg(
             chunk,
             instance_id=self.instance_id,
-            session_id=description.session_id,
+            session_id=session.session_id,
             stamp_ns=time.time_ns(),
             trained=loaded.policy.trained,
             # Of this very inference: its thread is the one that calls here. Other policies say nothing.
@@ -522,7 +388,7 @@ class PolicyNode(LifecycleNode):
         self._action_pub.publish(message)
         self._last_sent = (time.monotonic(), message)
         self._answered_frame = chunk.frame_id
-        self._last_seen_s = max(self._last_seen_s, time.monotonic() if description.lockstep else 0.0)
+        self._last_seen_s = max(self._last_seen_s, time.monotonic() if session.lockstep else 0.0)
 
     def _write_trace(self, record: TraceRecord | None) -> None:
         """Append a record to `trace_path`; a disk that refuses costs the trace, never the action."""
@@ -542,7 +408,7 @@ class PolicyNode(LifecycleNode):
 
     def _silent_s(self) -> float:
         """Seconds for which the robot owes an observation. One in lockstep owes none while it waits for actions."""
-        waits = self._description is not None and self._description.lockstep
+        waits = self._session is not None and self._session.lockstep
         if waits and self._submitted_frame != self._answered_frame:
             return 0.0
         return time.monotonic() - self._last_seen_s
@@ -552,7 +418,7 @@ class PolicyNode(LifecycleNode):
     @guarded
     def _tick(self) -> None:
         self._settings = read(self, PolicyParameters)
-        self._tell_delayed()
+        self._answers.tell_delayed()
         if self._lifecycle == "active":
             self._watch_robot()
             self._watch_rivals()
@@ -570,7 +436,7 @@ class PolicyNode(LifecycleNode):
             )
 
     def _watch_rivals(self) -> None:
-        elder = self._elder()
+        elder = self._rivals.elder()
         if elder is not None:
             self._autostart_over = True
             self.complaints.count("yielded_to_elder")
@@ -583,7 +449,7 @@ class PolicyNode(LifecycleNode):
             if self.trigger_configure() != TransitionCallbackReturn.SUCCESS:
                 self._autostart_over, self.exit_code = True, 1
         elif self._lifecycle == "inactive" and self._description is not None and not self._description_refused:
-            if self._elder() is not None:
+            if self._rivals.elder() is not None:
                 self._autostart_over = True
             if self.trigger_activate() != TransitionCallbackReturn.SUCCESS:
                 self._description_refused = self._description.session_id
@@ -592,13 +458,7 @@ class PolicyNode(LifecycleNode):
 
     @guarded
     def _on_other_state(self, message: SteeringStateMsg) -> None:
-        if message.instance_id == self.instance_id:
-            return
-        self._rivals[message.instance_id] = _Rival(
-            message.instance_id, message.started_ns, message.lifecycle, time.monotonic()
-        )
-        for old in sorted(self._rivals.values(), key=lambda rival: rival.heard_s)[:-8]:
-            del self._rivals[old.instance_id]
+        self._rivals.hear(message)
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -637,7 +497,7 @@ class PolicyNode(LifecycleNode):
         message.counter_values = [max(0, value) for value in counters.values()]
         self._state_pub.publish(message)
 
-    def _fill_state(self, message: SteeringStateMsg, loaded: _Loaded) -> None:
+    def _fill_state(self, message: SteeringStateMsg, loaded: Loaded) -> None:
         state = loaded.engine.state()
         message.loop_state = loaded.loop.state
         message.policy, message.trained = loaded.policy.name, loaded.policy.trained

@@ -28,4 +28,8 @@ ACTION = _profile(ReliabilityPolicy.RELIABLE, DurabilityPolicy.VOLATILE, 1)
 """Action chunks: only the newest is of use."""
 
 DIAGNOSTICS = _profile(ReliabilityPolicy.RELIABLE, DurabilityPolicy.VOLATILE, 10)
-"""/diagnostics and episode status."""
+"""/diagnostics."""
+
+STATUS = _profile(ReliabilityPolicy.RELIABLE, DurabilityPolicy.TRANSIENT_LOCAL, 10)
+"""Episode status: ten, so that the end of an episode is not lost behind the start of the next; a late subscriber hears
+as many of them as it asks for."""

@@ -23,7 +23,7 @@ from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
-from steer_msgs.msg import EpisodeStatus
+from steer_msgs.msg import EpisodeStatus, GripperCommand
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 
 from ros_nodes.assembler import ObservationAssembler
@@ -146,6 +146,9 @@ class Recorder:
         self._assembler = ObservationAssembler(description)
         if self._instruction is not None:
             self._assembler.instruction(self._instruction)
+        if description.tells_gripper:
+            on_gripper = self._kept(self._on_gripper)
+            self._node.create_subscription(GripperCommand, "gripper_command", on_gripper, DEEP_SENSOR)
         for camera in description.cameras:
             on_image = functools.partial(self._on_image, camera.name)
             topic = f"camera/{camera.name}/image"
@@ -167,6 +170,10 @@ class Recorder:
     def _on_pose(self, message: PoseStamped) -> None:
         if self._assembler is not None:
             self._keep(self._assembler.pose(message))
+
+    def _on_gripper(self, message: GripperCommand) -> None:
+        if self._assembler is not None:
+            self._keep(self._assembler.gripper(message))
 
     def _keep(self, observation: Observation | None) -> None:
         if observation is not None and not self._is_over(observation.stamp_ns):

@@ -1,14 +1,15 @@
 """A robot that is stepped by function calls, as a ROS node: frames out, actions of one policy in.
 
 Invariants: nothing moves except by a row of a chunk that was checked in full and came from the one policy that holds
-the lease; without one the robot gets zero motion, its gripper as it was, and the hold is counted. The robot is made,
-stepped and ended in the thread that spins the node.
+the lease; without one the robot gets zero motion, its gripper as it was, and the hold is counted; the status names the
+chunk, row and steering of every step. The robot is made, stepped and ended in the thread that spins the node.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Header, String
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
 from steer_msgs.msg import EpisodeStatus
+from steer_msgs.msg import GripperCommand as GripperCommandMsg
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
 
@@ -38,8 +40,9 @@ from ros_nodes.convert import (
 )
 from ros_nodes.guard import Complaints, guarded
 from ros_nodes.parameters import declare, parameter
-from ros_nodes.qos import ACTION, DIAGNOSTICS, LATCHED, SENSOR, VERDICT
-from steer_runtime.chunk_queue import ON_STEERING, ChunkQueue, QueueSettings
+from ros_nodes.qos import ACTION, LATCHED, SENSOR, STATUS, VERDICT
+from ros_nodes.status import Executed, RobotStatus, status_to_msg
+from steer_runtime.chunk_queue import ON_STEERING, ChunkQueue, Hold, QueueSettings, Tick
 from steer_runtime.errors import SteerError
 from steer_runtime.types import ActionChunk, ActionSpace, SteeringStamp
 
@@ -97,10 +100,9 @@ class RobotParameters:
     )
     replan_steps: int = parameter(
         0,
-        "lockstep: rows of a chunk to execute before the next frame, 0 is the whole chunk, and less puts a policy that "
-        "remembers the gripper command at its chunk's end out of step with its gripper; free: control steps from the frame "
-        "of one chunk to that of the next, while the rows of the last one go on, each at its own step; 0 shows a frame in "
-        "every step, and a chunk begins with its first row whenever it comes",
+        "lockstep: rows of a chunk to execute before the next frame, 0 is the whole chunk; free: control steps from the "
+        "frame of one chunk to that of the next, while the rows of the last one go on, each at its own step; 0 shows a "
+        "frame in every step, and a chunk begins with its first row whenever it comes",
         low=0,
         high=100,
     )
@@ -129,6 +131,7 @@ class _Chunk:
 
     chunk: ActionChunk
     received_s: float
+    delay: int
     next_row: int = 0
 
 
@@ -157,14 +160,18 @@ class RobotNode(Node):
         self._asked: tuple[int, int] | None = None  # stamp and tick of the frame that the queue waits for
         self._steering_epoch: int | None = None  # engine session that the last chunk came from
         self._gripper = 0.0
+        self._last = Executed("nothing yet")
+        # A chunk for a frame shown longer ago than this is refused for its age.
+        self._shown: deque[int] = deque(maxlen=4096)
 
         self._image_pubs: dict[str, Any] = {}
         self._joints_pub = self.create_publisher(JointState, "joint_states", SENSOR)
         self._gripper_pub = self.create_publisher(JointState, "gripper_state", SENSOR)
+        self._command_pub = self.create_publisher(GripperCommandMsg, "gripper_command", SENSOR)
         self._pose_pub = self.create_publisher(PoseStamped, "eef_pose", SENSOR)
         self._instruction_pub = self.create_publisher(String, "instruction", LATCHED)
         self._description_pub = self.create_publisher(RobotDescriptionMsg, "robot_description", LATCHED)
-        self._episode_pub = self.create_publisher(EpisodeStatus, "episode", DIAGNOSTICS)
+        self._episode_pub = self.create_publisher(EpisodeStatus, "episode", STATUS)
         self.create_subscription(ActionChunkMsg, "actions", self._on_actions, ACTION)
         free = self._settings.mode == "free"
         if free and self._settings.replan_steps and self._settings.on_steering != "wait":
@@ -207,7 +214,7 @@ class RobotNode(Node):
         if self._episode == 0:
             self._describe(self._robot, frame)
         self._gripper = self._robot.action_space.gripper_open
-        self._chunk = None
+        self._chunk, self._last = None, Executed("nothing yet")
         self._show(frame)
 
     def _begin_queue(self, space: ActionSpace) -> None:
@@ -235,6 +242,7 @@ class RobotNode(Node):
             cameras=cameras,
             joint_names=frame.joint_names,
             gripper_joints=(frame.joint_names[-2], frame.joint_names[-1]),
+            tells_gripper=True,
         )
         self._instruction_pub.publish(String(data=clean_text(frame.instruction)))
         self._description_pub.publish(description_to_msg(description, time.time_ns()))
@@ -250,7 +258,7 @@ class RobotNode(Node):
                 "no_action",
                 f"no action for frame {self._stamp_ns} within {self._settings.action_timeout_s:g} s: holding",
             )
-            self._hold()
+            self._hold("no answer")
 
     def _run_queued(self, queue: ChunkQueue) -> None:
         """One control step: what belongs to it, and a frame after it when the next inference is due."""
@@ -261,44 +269,45 @@ class RobotNode(Node):
                 self.complaints.warn("no_action", f"no action for this step ({now.hold}): holding")
             elif self._asked is not None and queue.tick - self._asked[1] >= REPEAT_S * self._settings.rate_hz:
                 queue.fail()  # nobody listened yet: the frame is shown again
-        self._execute(now.action, show=queue.due())
+        self._execute(now, show=queue.due())
 
     def _run_freely(self) -> None:
         if self._queue is not None:
             self._run_queued(self._queue)
             return
         running = self._chunk
+        why: Hold = "nothing yet" if running is None else ""
         if running is not None:
             horizon_s = (len(running.chunk.actions) + 1) / self._settings.rate_hz
-            used_up = running.next_row >= len(running.chunk.actions)
-            if used_up or time.monotonic() - running.received_s > horizon_s:
-                running = self._chunk = None
-        if running is None:
+            if running.next_row >= len(running.chunk.actions):
+                why = "used up"
+            elif time.monotonic() - running.received_s > horizon_s:
+                why = "stale"
+        if running is None or why:
             if self._started:
-                self.complaints.warn("no_action", "no action is left to execute: holding")
-            self._hold()
+                self.complaints.warn("no_action", f"no action for this step ({why}): holding")
+            self._hold(why)
             return
-        row = running.chunk.actions[running.next_row]
+        self._execute(_tick(running.chunk, running.next_row, running.delay))
         running.next_row += 1
-        self._execute(row)
 
-    def _hold(self) -> None:
+    def _hold(self, why: Hold) -> None:
         """One control step of zero motion with the gripper as last commanded."""
         if self._robot is None:
             return
         action = np.zeros(self._robot.action_space.dims, dtype=np.float32)
         action[-1] = self._gripper
         self._hold_steps += 1
-        self._execute(action)
+        self._execute(Tick(0, action, why))
 
-    def _execute(self, action: np.ndarray, *, show: bool = True) -> None:
+    def _execute(self, now: Tick, *, show: bool = True) -> None:
         assert self._robot is not None
         try:
-            frame = self._robot.step(action, draw=show)
+            frame = self._robot.step(now.action, draw=show)
         except SteerError as error:
             self.complaints.refuse(error)
             return
-        self._gripper = float(action[-1])
+        self._gripper, self._last = float(now.action[-1]), Executed.of(now)
         if show or frame.done:
             self._show(frame)
         else:
@@ -309,6 +318,7 @@ class RobotNode(Node):
         self._frame = frame
         # Two frames never share a stamp: it names the frame that a chunk answers.
         self._stamp_ns = max(self._stamp_ns + 1, time.time_ns())
+        self._shown.append(self._stamp_ns)
         if frame.done:
             self._publish_status()
             self._end_episode(frame)
@@ -352,11 +362,13 @@ class RobotNode(Node):
             self._enqueue(self._queue, chunk)
             return
         if not lockstep:
-            self._chunk = _Chunk(chunk, time.monotonic())
+            # A frame is shown in every step, so frames count steps.
+            delay = sum(stamp > chunk.observation_stamp_ns for stamp in self._shown)
+            self._chunk = _Chunk(chunk, time.monotonic(), delay)
             return
-        rows = chunk.actions[: self._settings.replan_steps or None]
-        for index, row in enumerate(rows):
-            self._execute(row, show=index == len(rows) - 1)
+        count = len(chunk.actions[: self._settings.replan_steps or None])
+        for row in range(count):
+            self._execute(_tick(chunk, row), show=row == count - 1)
             if self._frame is None:
                 return
 
@@ -400,6 +412,7 @@ class RobotNode(Node):
             self._image_pubs[name].publish(image_to_msg(image, stamp, f"{name}_optical_frame"))
         self._joints_pub.publish(joints_to_msg(frame.joint_names, frame.joint_positions, stamp))
         self._gripper_pub.publish(joints_to_msg(frame.joint_names[-2:], frame.gripper_qpos, stamp))
+        self._command_pub.publish(GripperCommandMsg(header=Header(stamp=stamp), command=self._gripper))
         self._pose_pub.publish(pose_to_msg(frame.eef_position, frame.eef_quaternion, stamp, "world"))
         self._published_s = time.monotonic()
         if self._queue is not None:
@@ -409,19 +422,25 @@ class RobotNode(Node):
         frame = self._frame
         if frame is None:
             return
-        counters = self.complaints.counters
-        self._episode_pub.publish(
-            EpisodeStatus(
-                header=Header(stamp=time_from_ns(self._stamp_ns)),
-                session_id=self.session_id,
-                task=clean_text(frame.instruction),
-                episode=self._episode,
-                step=frame.step,
-                done=frame.done,
-                success=frame.success,
-                mode=self._settings.mode,
-                hold_steps=self._hold_steps,
-                counter_names=list(counters),
-                counter_values=list(counters.values()),
-            )
+        queued = {} if self._queue is None else self._queue.counters
+        status = RobotStatus(
+            stamp_ns=self._stamp_ns,
+            session_id=self.session_id,
+            task=frame.instruction,
+            episode=self._episode,
+            step=frame.step,
+            done=frame.done,
+            success=frame.success,
+            mode=self._settings.mode,
+            hold_steps=self._hold_steps,
+            trimmed_rows=queued.get("trimmed_rows", 0),
+            last=self._last,
+            counters={**self.complaints.counters, **{f"queue_{name}": count for name, count in queued.items()}},
         )
+        self._episode_pub.publish(status_to_msg(status))
+
+
+def _tick(chunk: ActionChunk, row: int, delay: int = 0) -> Tick:
+    """A row of a chunk as what one control step executes."""
+    action = np.asarray(chunk.actions[row], np.float32)
+    return Tick(0, action, "", row, chunk.inference_id, chunk.steering, delay)

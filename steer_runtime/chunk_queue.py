@@ -23,7 +23,7 @@ from steer_runtime.types import ActionChunk, ActionSpace, SteeringStamp
 
 OnSteering = Literal["wait", "replan", "flush"]
 ON_STEERING: tuple[OnSteering, ...] = ("wait", "replan", "flush")
-Hold = Literal["", "nothing yet", "used up", "stale", "flushed"]
+Hold = Literal["", "nothing yet", "no answer", "used up", "stale", "flushed"]
 NO_STEERING = SteeringStamp(0, 0)
 
 
@@ -67,7 +67,7 @@ class Tick:
     """What to execute at one tick. action float32 [dims] in the space's units.
 
     hold: why it is no row of a chunk, "" when it is one; then `row`, `inference_id` and `steering` say which and under
-    which steering it was made.
+    which steering it was made, delay how many ticks after its observation the chunk came.
     """
 
     tick: int
@@ -76,6 +76,7 @@ class Tick:
     row: int = -1
     inference_id: int = 0
     steering: SteeringStamp = NO_STEERING
+    delay: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class ChunkQueue:
         self._tick = 0
         self._chunk: ActionChunk | None = None
         self._first = 0  # tick of the chunk's row 0
+        self._delay = 0  # ticks from there to its arrival
         self._asked: int | None = None  # tick of the observation that is being inferred on
         self._newest = NO_STEERING
         self._asked_under = self._newest  # newest steering when that inference began
@@ -200,7 +202,7 @@ class ChunkQueue:
         self._wanted = None
         self._counters["trimmed_rows"] += delay
         self._counters["replaced_rows"] += self._left()
-        self._chunk, self._first = chunk, observed
+        self._chunk, self._first, self._delay = chunk, observed, delay
         return Arrival(delay, rows - delay)
 
     def next(self) -> Tick:
@@ -217,7 +219,7 @@ class ChunkQueue:
             self._rest = action.copy()
         else:
             self._rest[-1] = action[-1]
-        return Tick(tick, action, "", row, self._chunk.inference_id, self._chunk.steering)
+        return Tick(tick, action, "", row, self._chunk.inference_id, self._chunk.steering, self._delay)
 
     def reset(self) -> None:
         """A new episode: nothing is queued, awaited or flushed, and the gripper opens; counters and ticks go on."""

@@ -172,6 +172,7 @@ class InferenceLoop:
 
     def _infer(self, observation: Observation, received_s: float) -> None:
         steering = self._engine.latch()
+        self._tell_gripper(observation)
         try:
             chunk = self._policy.infer(observation)
         except SteerError as error:
@@ -204,6 +205,12 @@ class InferenceLoop:
                 return
             self._state = "running"
         self._on_chunk(stamped)
+
+    def _tell_gripper(self, observation: Observation) -> None:
+        """What the robot last told its gripper: of a chunk replanned before its end, that is not the last row."""
+        tell = getattr(self._policy, "told_gripper", None)
+        if tell is not None and observation.gripper_command is not None:
+            tell(observation.gripper_command)
 
     def _take_again(self, observation: Observation, received_s: float) -> None:
         """After a cancelled inference: its observation waits again, unless a newer one does or the loop ends."""

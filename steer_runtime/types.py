@@ -81,6 +81,8 @@ class Observation:
     (for LIBERO: the simulator's image turned by 180 degrees).
     state: float64 [8] = end-effector position 3 (m), axis-angle 3 (rad), gripper finger positions 2 (m).
     stamp_ns: capture time on the robot's clock. frame_id counts observations of one robot session.
+    gripper_command: the last one executed before it, in the units of the robot's action space; None where the robot does
+    not tell, and a policy that remembers its commands relies on its own.
     """
 
     images: Mapping[str, np.ndarray]
@@ -88,6 +90,7 @@ class Observation:
     instruction: str
     stamp_ns: int
     frame_id: int
+    gripper_command: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ class Tower:
     last_steerable: the last layer whose FFN can reach the action, None where every layer can; residual site
     last_steerable + 1 is then the last one that can. why_dead: why nothing later can, for a refusal.
     roles: of the tokens that it ever runs on. basis: what its residual stream is read through, the token basis or the
-    rows of an action matrix (`policy.action_basis`).
+    rows of an action matrix (`policy.action_basis`). denoises: its forwards are the denoising steps of an inference, which
+    a command may name.
     """
 
     name: str
@@ -147,6 +151,7 @@ class Tower:
     why_dead: str = ""
     roles: frozenset[Role] = ALL_ROLES
     basis: Literal["tokens", "actions"] = "tokens"
+    denoises: bool = False
 
     @property
     def layers(self) -> int:

@@ -29,8 +29,8 @@ class SteeringCommand:
     strength: [0, 1] for a direction, [-1, 1] for an axis. ramp_s: None takes the engine's default.
     hold_s: released that long after acceptance; None holds until cleared.
     span: narrows the direction's own span; None keeps it.
-    steps: which forwards of the tower in one inference to write in, from the first up to, not including, the second
-    (Pi0's expert runs once a denoising step); None is all of them.
+    steps: which denoising steps to write in, from the first up to, not including, the second; None is all of them. Only
+    towers that denoise have any (Pi0's expert).
     """
 
     source: str
@@ -132,14 +132,14 @@ class Active:
 class CommandDesk:
     """Admission of commands against what is loaded. Not thread-safe: the engine locks around it.
 
-    forwards: tower -> how often it runs in one inference, for commands that name steps.
+    denoising: tower -> its denoising steps in one inference, of the towers that have any.
     """
 
     directions: Mapping[str, Direction]
     axes: Mapping[str, Axis]
     limits: Limits
     active: dict[str, Active] = field(default_factory=dict)
-    forwards: Mapping[str, int] = field(default_factory=dict)
+    denoising: Mapping[str, int] = field(default_factory=dict)
     _newest: OrderedDict[str, tuple[int, int]] = field(default_factory=OrderedDict)
     _order: int = 0
 
@@ -271,12 +271,23 @@ class CommandDesk:
         if command.steps is None:
             return
         for direction in directions:
-            count = self.forwards.get(direction.tower, 1)
+            count = self.denoising.get(direction.tower)
+            if count is None:
+                where = (
+                    f"steer a direction of tower {' or '.join(self.denoising)}"
+                    if self.denoising
+                    else "the policy has none"
+                )
+                raise SteerError(
+                    "bad_steps",
+                    f"{direction.id!r} acts in tower {direction.tower!r}, which has no denoising steps: {where}, or send the "
+                    "command without steps",
+                )
             if command.steps[1] > count:
                 raise SteerError(
                     "bad_steps",
-                    f"steps {command.steps[0]} to {command.steps[1]} of {direction.id!r} do not fit: tower "
-                    f"{direction.tower!r} runs {count} times in one inference; choose steps within 0 to {count}",
+                    f"steps {command.steps[0]}:{command.steps[1]} of {direction.id!r} do not fit: tower "
+                    f"{direction.tower!r} takes {count} denoising steps; choose within 0:{count}",
                 )
 
     def _start_ramp(

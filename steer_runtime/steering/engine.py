@@ -128,8 +128,8 @@ class SteeringEngine:
         for tower in policy.towers.values():
             self._add_tower(tower, measure_dose)
         by_name = self._checked(directions)
-        forwards = {tower.name: tower.firings_per_inference for tower in policy.towers.values()}
-        self._desk = CommandDesk(by_name, self._checked_axes(axes, by_name), limits or Limits(), forwards=forwards)
+        denoising = {tower.name: tower.firings_per_inference for tower in policy.towers.values() if tower.denoises}
+        self._desk = CommandDesk(by_name, self._checked_axes(axes, by_name), limits or Limits(), denoising=denoising)
         self._epoch = wall_ns()
         self._snapshot = _Snapshot(SteeringStamp(self._epoch, 0), ())
         self._written: _Snapshot | None = None

@@ -175,9 +175,18 @@ def test_the_expert_is_steered_in_single_steps_or_all(policy: Pi0Policy) -> None
         seen.append(actions)
 
 
-def test_steps_beyond_a_towers_forwards_are_refused(policy: Pi0Policy) -> None:
-    with pytest.raises(SteerError, match="tower 'prefix' runs 1 times"):
-        _steered(policy, fabricate_pi0.neuron_direction(policy, "prefix"), steps=(0, 4))
+@pytest.mark.parametrize(
+    ("tower", "steps", "said"),
+    [
+        ("prefix", (0, 1), "'prefix', which has no denoising steps: steer a direction of tower expert"),
+        ("expert", (0, 5), "'expert' takes 4 denoising steps; choose within 0:4"),
+    ],
+)
+def test_steps_that_a_tower_does_not_take_are_refused(
+    policy: Pi0Policy, tower: str, steps: tuple[int, int], said: str
+) -> None:
+    with pytest.raises(SteerError, match=said):
+        _steered(policy, fabricate_pi0.neuron_direction(policy, tower), steps=steps)
 
 
 def test_the_last_prefix_layer_is_refused_and_dead(policy: Pi0Policy) -> None:

@@ -20,7 +20,7 @@ from steer_msgs.msg import ActionChunk as ActionChunkMsg
 from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
 
 from ros_nodes.client import SteeringClient
-from ros_nodes.convert import command_to_json
+from ros_nodes.command_json import command_to_json
 from steer_runtime.steering.command import SteeringCommand, Verdict
 
 ROOT = Path(__file__).parents[2]

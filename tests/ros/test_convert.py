@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,21 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sensor_msgs.msg import Image
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
+from steer_msgs.msg import GripperCommand
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
 
+from ros_nodes.command_json import command_from_json, command_to_json
 from ros_nodes.convert import (
     Camera,
     RobotDescription,
     axis_angle_from_quaternion,
     chunk_from_msg,
     chunk_to_msg,
-    command_from_json,
     command_from_msg,
-    command_to_json,
     command_to_msg,
     description_from_msg,
     description_to_msg,
+    gripper_from_msg,
     image_from_msg,
     image_to_msg,
     joints_from_msg,
@@ -35,6 +37,7 @@ from ros_nodes.convert import (
     pose_from_msg,
     time_from_ns,
 )
+from ros_nodes.status import Executed, RobotStatus, status_from_msg, status_to_msg
 from steer_runtime.errors import SteerError
 from steer_runtime.steering.command import SteeringCommand
 from steer_runtime.types import LIBERO_ACTION_SPACE, ROLES, ActionChunk, SteeringStamp
@@ -56,6 +59,7 @@ commands = st.builds(
     hold_s=st.none() | st.floats(0.001, 100),
     priority=st.integers(-128, 127),
     span=st.none() | st.frozensets(st.sampled_from(ROLES), min_size=1),
+    steps=st.none() | st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 2**32 - 1)),
 )
 
 
@@ -80,9 +84,18 @@ def test_unknown_op_or_span_bit_is_refused(fields: dict[str, int]) -> None:
         command_from_msg(SteeringCommandMsg(**fields))
 
 
-def test_command_beyond_its_message_is_refused_by_name() -> None:
-    with pytest.raises(SteerError, match="priority"):
-        command_to_msg(SteeringCommand("a", 1, 1, 1, "set", "slow", 1.0, priority=200))
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"priority": 200}, "priority"),
+        ({"steps": (0, 2**32)}, "end of the steps"),
+        # A message says by it that all of them are meant.
+        ({"steps": (0, 0)}, "end of the steps"),
+    ],
+)
+def test_command_beyond_its_message_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(SteerError, match=named):
+        command_to_msg(SteeringCommand("a", 1, 1, 1, "set", "slow", 1.0, **fields))
 
 
 @given(st.text(max_size=300))
@@ -168,7 +181,7 @@ def test_chunk_a_robot_must_not_execute_is_refused(spoil: Callable[[ActionChunkM
     assert refused.value.code == code
 
 
-DESCRIPTION = RobotDescription("s", "libero", True, LIBERO_ACTION_SPACE, (CAMERA,), ("j", "l", "r"), ("l", "r"))
+DESCRIPTION = RobotDescription("s", "libero", True, LIBERO_ACTION_SPACE, (CAMERA,), ("j", "l", "r"), ("l", "r"), True)
 
 
 def test_description_survives() -> None:
@@ -197,12 +210,19 @@ def test_description_that_contradicts_itself_is_refused(field: str, value: objec
     assert refused.value.code == "bad_description"
 
 
-def test_steps_travel_as_json_and_a_typed_message_refuses_them() -> None:
-    command = SteeringCommand("a", 1, 1, 1, "set", "slow", 1.0, steps=(2, 5))
-    assert command_from_json(command_to_json(command)) == command
-    with pytest.raises(SteerError, match="publish it as JSON") as refused:
-        command_to_msg(command)
-    assert refused.value.code == "bad_steps"
-    for steps in ("[1]", "[1, 2, 3]", '"ab"', "[1.5, 2]"):
-        with pytest.raises(SteerError, match="steps"):
-            command_from_json(f'{{"source": "a", "epoch": 1, "sequence": 1, "stamp_ns": 1, "steps": {steps}}}')
+@pytest.mark.parametrize("steps", ["[1]", "[1, 2, 3]", '"ab"', "[1.5, 2]"])
+def test_steps_of_a_json_command_are_two_whole_numbers(steps: str) -> None:
+    with pytest.raises(SteerError, match="steps"):
+        command_from_json(f'{{"source": "a", "epoch": 1, "sequence": 1, "stamp_ns": 1, "steps": {steps}}}')
+
+
+def test_gripper_command_that_is_no_number_is_refused() -> None:
+    assert gripper_from_msg(GripperCommand(command=-1.0)) == -1.0
+    with pytest.raises(SteerError, match="NaN"):
+        gripper_from_msg(GripperCommand(command=math.nan))
+
+
+@pytest.mark.parametrize("last", [Executed("stale"), Executed("", 7, 3, SteeringStamp(5, 6), 2)])
+def test_status_survives(last: Executed) -> None:
+    status = RobotStatus(9, "s", "pick", 1, 40, True, True, "free", 3, 4, last, {"late_chunk": 2})
+    assert status_from_msg(status_to_msg(status)) == status

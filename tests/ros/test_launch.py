@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ros_nodes.libero_robot_node import LiberoParameters
-from ros_nodes.policy_node import PolicyParameters
+from ros_nodes.loading import PolicyParameters
 from ros_nodes.robot_node import RobotParameters
 
 if sys.version_info >= (3, 11):

@@ -201,3 +201,5 @@ def test_policy_node_runs_a_lockstep_episode_one_inference_a_step(
         assert (len(recorder.actions), recorder.commanded, recorder.end[1]) == (40, 40, 40)
         # Its cameras are subscribed to once the robot has described itself: it may miss the first frame.
         assert all(action.observation_ns in recorder.observations for action in recorder.actions[1:])
+        told = [recorder.observations[action.observation_ns].gripper_command for action in recorder.actions[1:]]
+        assert told == [float(chunk[-1, 6]) for chunk in recorder.chunks[:-1]]

@@ -18,6 +18,14 @@ from steer_runtime.steering.trace import TraceRecord
 from steering.subjects import Sender, Time, dense_direction, neuron_direction
 
 
+@pytest.fixture
+def policy() -> OpenVLAPolicy:
+    """The tiny policy with its seven forwards taken for denoising steps."""
+    made = fabricate.tiny_policy()
+    made.towers = {TOWER: dataclasses.replace(made.towers[TOWER], denoises=True)}
+    return made
+
+
 def _inputs_of_down_proj(policy: OpenVLAPolicy, layer: int, neuron: int) -> list[float]:
     """What one neuron was in the last token of each forward, kept while the hook is on."""
     seen: list[float] = []
@@ -36,8 +44,7 @@ def _run(
 
 
 @pytest.mark.parametrize("steps", [(0, 1), (2, 5), (6, 7), (0, 7)])
-def test_neurons_are_written_in_the_named_forwards_only(steps: tuple[int, int]) -> None:
-    policy = fabricate.tiny_policy()
+def test_neurons_are_written_in_the_named_forwards_only(policy: OpenVLAPolicy, steps: tuple[int, int]) -> None:
     direction = neuron_direction(policy, neurons=[(1, 5)], alpha=77.0)
     observation = fabricate.make_observation(policy)
     with OfflineSteering(policy, [direction]) as steering:
@@ -53,8 +60,7 @@ def test_neurons_are_written_in_the_named_forwards_only(steps: tuple[int, int]) 
     assert site.writes == (prefill if steps[0] == 0 else 1) + (steps[1] - steps[0] - 1)
 
 
-def test_all_steps_are_the_same_bits_as_no_steps() -> None:
-    policy = fabricate.tiny_policy()
+def test_all_steps_are_the_same_bits_as_no_steps(policy: OpenVLAPolicy) -> None:
     for direction in (neuron_direction(policy), dense_direction(policy)):
         plain, _ = _run(policy, direction, None)
         named, record = _run(policy, direction, (0, 7))
@@ -62,8 +68,7 @@ def test_all_steps_are_the_same_bits_as_no_steps() -> None:
         assert record.firings == record.expected_firings
 
 
-def test_steps_before_the_window_are_the_unsteered_bits() -> None:
-    policy = fabricate.tiny_policy()
+def test_steps_before_the_window_are_the_unsteered_bits(policy: OpenVLAPolicy) -> None:
     unsteered = policy.logits(fabricate.make_observation(policy))
     for direction in (neuron_direction(policy), dense_direction(policy)):
         late, record = _run(policy, direction, (4, 7))
@@ -72,8 +77,7 @@ def test_steps_before_the_window_are_the_unsteered_bits() -> None:
         assert all(site.forwards == 3 for site in record.sites)
 
 
-def test_two_windows_on_one_neuron_each_hold_in_their_own_steps() -> None:
-    policy = fabricate.tiny_policy()
+def test_two_windows_on_one_neuron_each_hold_in_their_own_steps(policy: OpenVLAPolicy) -> None:
     first = neuron_direction(policy, "first", neurons=[(1, 5)], alpha=11.0)
     second = neuron_direction(policy, "second", neurons=[(1, 5)], alpha=22.0)
     time = Time()
@@ -92,8 +96,7 @@ def test_two_windows_on_one_neuron_each_hold_in_their_own_steps() -> None:
     assert [active.steps for active in engine.state().active] == []
 
 
-def test_a_stop_inside_an_inference_ends_later_steps_too() -> None:
-    policy = fabricate.tiny_policy()
+def test_a_stop_inside_an_inference_ends_later_steps_too(policy: OpenVLAPolicy) -> None:
     direction = neuron_direction(policy, neurons=[(1, 5)], alpha=77.0)
     observation = fabricate.make_observation(policy)
     with OfflineSteering(policy, [direction]) as steering:
@@ -114,8 +117,7 @@ def test_a_stop_inside_an_inference_ends_later_steps_too() -> None:
     assert record.interrupted
 
 
-def test_a_compiled_tower_counts_the_steps_it_wrote_in() -> None:
-    policy = fabricate.tiny_policy()
+def test_a_compiled_tower_counts_the_steps_it_wrote_in(policy: OpenVLAPolicy) -> None:
     direction = neuron_direction(policy, neurons=[(1, 5), (1, 9)], alpha=77.0)
     eager, expected = _run(policy, direction, (2, 5))
     with OfflineSteering(policy, [direction]) as steering:
@@ -129,12 +131,21 @@ def test_a_compiled_tower_counts_the_steps_it_wrote_in() -> None:
 
 
 @pytest.mark.parametrize("steps", [(0, 8), (3, 3), (-1, 2), (0.0, 2), "ab", (1, 2, 3), (True, 2)])
-def test_unusable_steps_are_refused(steps: object) -> None:
-    policy = fabricate.tiny_policy()
+def test_unusable_steps_are_refused(policy: OpenVLAPolicy, steps: object) -> None:
     time = Time()
     engine = SteeringEngine(policy, [neuron_direction(policy)], clock=time.steady, wall_ns=time.wall_ns)
     verdict = engine.apply(Sender(time).set("up", 1.0, steps=steps))
     assert (verdict.accepted, verdict.code) == (False, "bad_steps")
+    assert engine.state().active == ()
+
+
+def test_steps_of_a_tower_that_does_not_denoise_are_refused() -> None:
+    policy = fabricate.tiny_policy()
+    time = Time()
+    engine = SteeringEngine(policy, [neuron_direction(policy)], clock=time.steady, wall_ns=time.wall_ns)
+    verdict = engine.apply(Sender(time).set("up", 1.0, steps=(0, 3)))
+    assert (verdict.accepted, verdict.code) == (False, "bad_steps")
+    assert "tower 'lm', which has no denoising steps: the policy has none" in verdict.sentence
     assert engine.state().active == ()
 
 

@@ -98,6 +98,7 @@ class Pi0Policy:
                 firings_per_inference=self.euler_steps,
                 roles=frozenset({"state", "action"}),
                 basis="actions",
+                denoises=True,
             ),
         }
         self._listener: TokenRoles | None = None

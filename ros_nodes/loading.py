@@ -1,0 +1,123 @@
+"""What the policy node is told to run, and the policy, engine and loop that are made of it.
+
+Invariant: nothing is loaded by halves: parameters, policy, directions and axes fit each other, or the reason is raised.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ros_nodes.parameters import parameter
+from steer_runtime.directions.direction import Axis, Direction
+from steer_runtime.errors import SteerError
+from steer_runtime.loop import InferenceLoop, LoopEvent
+from steer_runtime.steering.command import Limits
+from steer_runtime.steering.engine import SteeringEngine
+from steer_runtime.types import ActionChunk, Policy
+
+
+@dataclass(frozen=True)
+class PolicyParameters:
+    """Parameters of the policy node."""
+
+    policy: str = parameter("", "policy to load: a YAML file, or the name of one in configs/policies")
+    device: str = parameter("cpu", "torch device of the policy")
+    torch_threads: int = parameter(0, "threads of torch; 0 keeps torch's choice", low=0, high=256)
+    direction_store: str = parameter("", "folder of directions and axes; empty loads none")
+    directions: tuple[str, ...] = parameter((), "directions to load, as name or name@hash; empty loads the whole store")
+    autostart: bool = parameter(
+        False, "configure and activate without a lifecycle manager, and end when that is refused"
+    )
+    observation_timeout_s: float = parameter(
+        2.0, "without a new observation for so long the node holds", low=0.05, high=60.0, live=True
+    )
+    freeze_timeout_s: float = parameter(
+        0.0, "a camera whose picture stays bit-identical for longer is refused; 0 is off", low=0.0, high=60.0
+    )
+    state_rate_hz: float = parameter(5.0, "rate of the state, the node's heartbeat", low=1.0, high=20.0)
+    verdict_rate_hz: float = parameter(
+        100.0, "acceptances published a second and source; further ones are counted", low=1.0, high=1000.0, live=True
+    )
+    restart_on_command: bool = parameter(
+        False,
+        "an accepted command begins the running inference anew, so that the next chunk carries it; policies that cannot "
+        "stop between their steps finish it",
+    )
+    max_restarts: int = parameter(3, "failures of the policy that are answered by a restart", low=0, high=100)
+    command_max_age_s: float = parameter(1.0, "an older command is refused", low=0.01, high=60.0)
+    command_max_future_s: float = parameter(0.2, "a command stamped further ahead is refused", low=0.0, high=60.0)
+    default_ramp_s: float = parameter(0.1, "ramp of a command that names none", low=0.0, high=60.0)
+    release_s: float = parameter(0.3, "time in which an expired command fades", low=0.0, high=60.0)
+    max_slew_per_s: float = parameter(10.0, "fastest change of a strength", low=0.01, high=1000.0)
+    over_limit: str = parameter("clamp", "what happens to a strength over its limit", choices=("clamp", "reject"))
+    trace_path: str = parameter("", "file to append the engine's trace to, a JSON line an inference; empty writes none")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What configuring made. direction_ids: name, id and largest strength of each direction."""
+
+    policy: Policy
+    engine: SteeringEngine
+    loop: InferenceLoop
+    direction_ids: tuple[tuple[str, str, float], ...]
+
+
+def load(
+    wanted: PolicyParameters, on_chunk: Callable[[ActionChunk], None], on_event: Callable[[LoopEvent], None]
+) -> Loaded:
+    """Load what the parameters name; chunks and events of the loop, once it runs, go to the two functions.
+
+    Raises SteerError: 'bad_parameter', 'no_store', and all that policies, stores and the engine refuse.
+    """
+    _check(wanted)
+    # Imported late: they take seconds, in which the node is not yet heard and cannot be ended.
+    import torch
+
+    from steer_runtime.policies import load_policy
+
+    if wanted.torch_threads:
+        torch.set_num_threads(wanted.torch_threads)
+    policy = load_policy(wanted.policy, device=wanted.device)
+    directions, axes = _read_store(wanted, policy)
+    limits = Limits(
+        max_age_s=wanted.command_max_age_s,
+        max_future_s=wanted.command_max_future_s,
+        default_ramp_s=wanted.default_ramp_s,
+        release_s=wanted.release_s,
+        max_slew=wanted.max_slew_per_s,
+        over_limit="reject" if wanted.over_limit == "reject" else "clamp",
+    )
+    engine = SteeringEngine(policy, directions, axes, limits=limits)
+    loop = InferenceLoop(policy, engine, on_chunk, on_event, max_restarts=wanted.max_restarts)
+    return Loaded(policy, engine, loop, tuple((d.name, d.id, d.max_strength) for d in directions))
+
+
+def _check(wanted: PolicyParameters) -> None:
+    if not wanted.policy:
+        raise SteerError(
+            "bad_parameter", "parameter 'policy' is empty; give a YAML file or the name of one in configs/policies"
+        )
+    if wanted.directions and not wanted.direction_store:
+        raise SteerError("bad_parameter", "parameter 'directions' is set but 'direction_store' is not; give the folder")
+    if wanted.direction_store and not os.path.isdir(wanted.direction_store):
+        raise SteerError(
+            "no_store", f"parameter 'direction_store' is {wanted.direction_store!r}: expected an existing folder"
+        )
+
+
+def _read_store(wanted: PolicyParameters, policy: Policy) -> tuple[tuple[Direction, ...], tuple[Axis, ...]]:
+    """The wanted directions, and the axes both of whose ends are among them."""
+    if not wanted.direction_store:
+        return (), ()
+    from steer_runtime.directions.store import DirectionStore
+
+    store = DirectionStore(wanted.direction_store)
+    if wanted.directions:
+        directions = tuple(store.load(ref, model_hash=policy.model_hash) for ref in wanted.directions)
+    else:
+        directions = store.load_all()
+    names = {direction.name for direction in directions}
+    return directions, tuple(axis for axis in store.load_axes() if {axis.negative, axis.positive} <= names)
