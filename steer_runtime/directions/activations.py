@@ -22,7 +22,7 @@ from typing_extensions import Self
 from steer_runtime.directions.options import Pool
 from steer_runtime.errors import SteerError
 from steer_runtime.moments import Moment
-from steer_runtime.types import Role, Tower, span_bits
+from steer_runtime.types import Policy, Role, Tower, span_bits
 
 Progress = Callable[[int, int], None]
 """Told (moments done, moments in all)."""
@@ -45,8 +45,8 @@ class Activations:
 class TowerWatch:
     """Context manager: hooks on a tower's down_projs (`layers`) and residual sites, and an ear for its token roles.
 
-    on_ffn(layer, f) and on_residual(site, h), both [T, width], are called in every forward; what on_ffn returns, if not
-    None, takes the place of f. `roles` are those of the forward that runs.
+    on_ffn(layer, f) and on_residual(site, h), both [T, width], are called in every forward; what they return, if not
+    None, takes the place of f or h. `roles` are those of the forward that runs.
     Raises SteerError on entry: 'layer_out_of_range', 'attached' where somebody else's hooks are on the tower, since the
     policy tells token roles to one listener only.
     """
@@ -67,7 +67,7 @@ class TowerWatch:
     def on_ffn(self, layer: int, f: Tensor) -> Tensor | None:
         raise NotImplementedError
 
-    def on_residual(self, site: int, h: Tensor) -> None:
+    def on_residual(self, site: int, h: Tensor) -> Tensor | None:
         raise NotImplementedError
 
     def set_roles(self, tower: str, roles: Sequence[Role]) -> None:
@@ -107,9 +107,13 @@ class TowerWatch:
 
         return hook
 
-    def _residual_hook(self, site: int) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            self.on_residual(site, self._rows(output[0] if isinstance(output, tuple) else output))
+    def _residual_hook(self, site: int) -> Callable[[nn.Module, tuple[Tensor, ...], Any], Any]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+            h = output[0] if isinstance(output, tuple) else output
+            changed = self.on_residual(site, self._rows(h))
+            if changed is None:
+                return None
+            return (changed.reshape(h.shape), *output[1:]) if isinstance(output, tuple) else changed.reshape(h.shape)
 
         return hook
 
@@ -234,9 +238,13 @@ def capture(
     )
 
 
-def ready(policy: Any, moment: Moment) -> None:
-    """Put a policy where it stood at a moment: nothing remembered but the gripper command given before it."""
-    policy.reset()
+def ready(policy: Policy, moment: Moment) -> None:
+    """Put a policy where it stood at a moment: nothing remembered but the gripper command given before it.
+
+    What a policy draws is drawn from the moment's number in its file, so that two inferences at one moment differ by what
+    is done to the policy alone.
+    """
+    policy.reset(moment.observation.frame_id)
     tell = getattr(policy, "told_gripper", None)
     if tell is not None:
         tell(moment.gripper)

@@ -26,6 +26,7 @@ MAX_BYTES = 1 << 20
 class Entry(BaseModel):
     """One direction, or with `axis` both ends of one and the axis that joins them (NAME-negative, NAME-positive, NAME).
 
+    tower: where it is found, default the catalog's.
     options: of the finder (see `directions.options`). op, alpha, low, span, max_strength, licence: as in Recipe.
     """
 
@@ -33,6 +34,7 @@ class Entry(BaseModel):
 
     name: str
     finder: str
+    tower: str = ""
     axis: bool = False
     options: Mapping[str, Any] = Field(default_factory=dict)
     op: Operation | None = None
@@ -44,13 +46,14 @@ class Entry(BaseModel):
 
 
 class CatalogFile(BaseModel):
-    """A file of entries for one policy. shared: place for YAML anchors; not read."""
+    """A file of entries for one policy. tower: of entries that name none, default the policy's only one. shared: place for
+    YAML anchors; not read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["steer-catalog/1"]
     policy: str
-    tower: str = "lm"
+    tower: str = ""
     shared: Any = None
     entries: tuple[Entry, ...] = Field(min_length=1)
 
@@ -94,6 +97,11 @@ def entry_options(entry: Entry) -> FinderOptions:
         raise SteerError("bad_catalog", f"entry {entry.name!r}: {error.sentence}") from None
 
 
+def first_tower(catalog: CatalogFile) -> str:
+    """The tower of the first entry, empty for the policy's only one."""
+    return catalog.entries[0].tower or catalog.tower
+
+
 def build(
     catalog: CatalogFile,
     material: Any,
@@ -105,7 +113,7 @@ def build(
 ) -> Iterator[Built]:
     """Make every entry in order and save it; yields what became of each.
 
-    material: Material of the catalog's policy and tower. store: a DirectionStore. An entry that its finder refuses is
+    material: Material of the catalog's policy, of any tower. store: a DirectionStore. An entry that its finder refuses is
     yielded with the reason, and the rest is built. Raises SteerError for a store that cannot be read or written.
     """
     from steer_runtime.directions import finders
@@ -125,7 +133,8 @@ def build(
             licence=entry.licence,
         )
         try:
-            directions, made = _ends(finders, material, store, recipe, entry)
+            here = material.at(entry.tower or catalog.tower)
+            directions, made = _ends(finders, here, store, recipe, entry)
         except SteerError as error:
             yield Built(entry, refused=SteerError(error.code, f"entry {entry.name!r}: {error.sentence}"))
             continue

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from steer_runtime.directions.towers import require_reach
 from steer_runtime.errors import SteerError
 from steer_runtime.types import ALL_ROLES, Role, Tower, span_bits
 
@@ -229,6 +230,15 @@ class Direction:
     def require_fits(self, tower: Tower, model_hash: str) -> None:
         """Refuse a direction of another model or size. Raises SteerError('other_model')."""
         self.require_model(model_hash, tower.name, (tower.layers, tower.d_model, tower.d_ff))
+
+    def require_reaches(self, tower: Tower) -> None:
+        """Refuse to write where nothing can come of it. Raises SteerError('dead_layer')."""
+        if self.neurons is not None:
+            require_reach(
+                tower, layers=sorted(set(self.neurons.layer.tolist())), who=f"direction {self.id!r} writes to"
+            )
+        else:
+            require_reach(tower, sites=sorted(self.dense or {}), who=f"direction {self.id!r} writes to")
 
     def require_model(self, model_hash: str, tower: str, sizes: tuple[int, int, int]) -> None:
         """As `require_fits`, from the facts alone. sizes: layers, d_model, d_ff. Raises SteerError('other_model')."""

@@ -1,10 +1,10 @@
-"""What the first action of an inference tells, in units a person can judge, and which of it a direction's name claims.
+"""What the actions of an inference tell, in units a person can judge, and which of it a direction's name claims.
 
-Invariant: a value is read off one inference at one recorded moment; what a policy cannot tell (the entropy of an action that
-is no token, the expected value of one that is no choice) is absent, never made up.
+Invariant: a value is read off one inference at one recorded moment, from noise that is the moment's own; what a policy
+cannot tell (the entropy of an action that is no token, the expected value of one that is no choice) is absent, never made up.
 
-Two readings of the same inference: `executed` is the action that the robot would carry out (greedy tokens and words, the
-gripper open or closed); `expected` is the mean over the bins of each token and over the words of each slot, which also
+Two readings of the same inference: `executed` is what the robot would carry out: the first action of a policy that chooses
+tokens (greedy tokens and words, the gripper open or closed), the mean of the actions of a chunk that a flow policy hands on; `expected` is the mean over the bins of each token and over the words of each slot, which also
 tells what a greedy choice hides. What the policy says is chosen greedily in both: words that flip move both in steps.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from steer_runtime.directions.activations import ready
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.moments import Moment
@@ -167,21 +168,21 @@ def _claim(axis: str, end: float, source: str) -> Claim:
 
 @runtime_checkable
 class Considers(Protocol):
-    """A policy that tells how it weighed its action (OpenVLAPolicy.consider) and can be told the last gripper command."""
+    """A policy that tells how it weighed its action (OpenVLAPolicy.consider)."""
 
     def consider(self, observation: Observation) -> Any: ...
 
-    def told_gripper(self, command: float) -> None: ...
-
 
 def read(policy: Policy, moment: Moment) -> dict[Reading, Values]:
-    """Both readings of one inference at a moment, told its gripper command; `expected` is empty for a policy that chooses
-    nothing. Raises SteerError as `Policy.infer`, and 'no_observables' for an action space without a hand's motion."""
-    policy.reset()
+    """Both readings of one inference at a moment (see `ready`); `expected` is empty for a policy that chooses nothing.
+
+    Raises SteerError as `Policy.infer`, and 'no_observables' for an action space without a hand's motion."""
+    ready(policy, moment)
     if not isinstance(policy, Considers):
         chunk = policy.infer(moment.observation)
-        return {"executed": {**motion(chunk.actions[0], chunk.space), **_said(chunk.notes)}, "expected": {}}
-    policy.told_gripper(moment.gripper)
+        # What the hand does over the chunk: rows that shake without going anywhere are no speed.
+        mean = chunk.actions.astype(np.float64).mean(0)
+        return {"executed": {**motion(mean, chunk.space), **_said(chunk.notes)}, "expected": {}}
     considered = policy.consider(moment.observation)
     chunk = considered.chunk
     entropy = {"entropy": float(considered.entropy[0].mean())}

@@ -46,7 +46,10 @@ class Placed(Signed):
     layers: tuple[int, ...] = Field((), description="Neurons: layers, such as 3,26-29; default all.")
     count: int = Field(20, ge=1, description="Neurons: how many.")
     norm: float | None = Field(
-        None, gt=0, description="Norm of what is written, in mean norms of a word embedding; default: as it was found."
+        None,
+        gt=0,
+        description="Norm of what is written, in mean norms of a word embedding (an expert: of a row of the action basis); "
+        "default: as it was found.",
     )
 
 
@@ -108,18 +111,30 @@ class ActionOptions(Signed):
     """Value vectors that raise the actions' values, read through the action rows."""
 
     readout: Literal["value", "size"] = Field(
-        "value", description="value: tokens of high minus of low values; size: of large minus of small moves."
+        "value",
+        description="value: what raises the action (tokens: high minus low values; an expert: needs `dimension`); size: what "
+        "makes moves large (tokens: large minus small ones; an expert: neurons that write into the translation, scaled).",
     )
     dimension: int | None = Field(
         None,
         ge=0,
-        description="Action dimension, where the policy has a matrix (`action_out_proj`); tokens share rows.",
+        description="Action dimension (0 dx, 1 dy, 2 dz, ..., 6 gripper) of an expert; action tokens share rows.",
     )
     form: Form = Field("neurons", description="neurons (overridden, alpha 4) or dense (the readout itself).")
     site: int | None = Field(None, ge=0, description="Dense: residual site; default the last.")
     layers: tuple[int, ...] = Field((), description="Neurons: layers; default the later half.")
     count: int = Field(20, ge=1, description="Neurons: how many.")
-    norm: float | None = Field(None, gt=0, description="Dense: norm in mean norms of a word embedding; default 1.")
+    norm: float | None = Field(
+        None,
+        gt=0,
+        description="Dense: norm in mean norms of a word embedding, or of a row of the action basis; default 1.",
+    )
+
+    @model_validator(mode="after")
+    def _one_readout(self) -> ActionOptions:
+        if self.readout == "size" and self.dimension is not None:
+            raise ValueError("size is of the whole move: drop dimension")
+        return self
 
 
 class ContrastOptions(OnMoments):
@@ -129,6 +144,11 @@ class ContrastOptions(OnMoments):
     negative: tuple[str, ...] = Field((), description="The opposite wordings, as many.")
     quantity: str = Field("", description="Instead of wordings: a measured quantity, or said_ and a slot.")
     by: Literal["moment", "episode"] = Field("moment", description="Quantity: median of moments or of episode means.")
+    onto_layer: int | None = Field(
+        None,
+        ge=0,
+        description="The difference behind this layer, written by `count` of the layer's value vectors instead.",
+    )
 
     @model_validator(mode="after")
     def _pairs_or_groups(self) -> ContrastOptions:
@@ -141,20 +161,29 @@ class ContrastOptions(OnMoments):
             raise ValueError(f"wording {bad[0][:40]!r} has no place for the instruction: expected one {{}}")
         if self.pool == "each":
             raise ValueError("a contrast compares one row a moment: expected pool mean or ends")
+        if self.onto_layer is not None and (self.form != "dense" or self.site not in (None, self.onto_layer + 1)):
+            raise ValueError("onto_layer says where and how it is written: drop form and site")
         return self
 
 
 class AttributionOptions(Signed):
-    """Neurons by gradient times activation of what the policy does."""
+    """Neurons by gradient times activation of what the policy does, or the gradient itself at a residual site."""
 
     moments: Path = Field(description="Recorded moments, a file of `steer data moments`.")
     observable: str = Field(
-        description="speed, dx, dy, dz, rotation, gripper, entropy, or said_ and a slot (last word minus first)."
+        description="speed, dx, dy, dz, rotation, gripper; of action tokens entropy, or said_ and a slot (last word minus first)."
     )
-    layers: tuple[int, ...] = Field((), description="Layers; default all.")
-    count: int = Field(20, ge=1, description="How many neurons.")
+    form: Form = Field(
+        "neurons", description="neurons (inputs of down_proj) or dense (the gradient at a residual site)."
+    )
+    site: int | None = Field(None, ge=0, description="Dense: residual site, 0 the embeddings; default the last.")
+    layers: tuple[int, ...] = Field((), description="Neurons: layers; default all.")
+    count: int = Field(20, ge=1, description="Neurons: how many.")
     norm: float | None = Field(
-        None, gt=0, description="Norm of what is written, in mean norms of a word embedding; default: one range each."
+        None,
+        gt=0,
+        description="Norm of what is written, in mean norms of a word embedding (an expert: of a row of the action basis); "
+        "default: neurons one range each, dense 1.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Measures what directions and their random controls do to the first action of an inference, at recorded moments.
+"""Measures what directions and their random controls do to the actions of an inference, at recorded moments.
 
 Invariants: every condition sees the same moments; all steering goes through the engine; a measurement is kept under the
 content of what was written and the strength, so that nothing is measured twice, an interrupted run goes on, and a run

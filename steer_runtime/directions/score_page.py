@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from steer_runtime.directions.action_basis import ActionBasis
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.directions.files import write_atomically
 from steer_runtime.directions.observables import AXES, observable, off_axis
@@ -119,35 +120,32 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") + 0.0 if isinstance(value, float) else value  # + 0.0: no negative zero
 
 
-def contents(direction: Direction, tower: Tower, basis: TokenBasis) -> dict[str, Any]:
+def contents(direction: Direction, tower: Tower, reader: TokenBasis | ActionBasis) -> dict[str, Any]:
     """What a direction writes, in words: its neurons with alphas and both ends of their labels, largest writes first, or
-    per residual site the tokens nearest to the vector and to its opposite. Labels as in `TokenBasis`: raw dot products."""
-    with torch.no_grad():
-        table = basis.unembedding.float()
-        if direction.dense is not None:
-            sites = sorted(direction.dense)
-            vectors = torch.from_numpy(np.stack([direction.dense[site] for site in sites])).to(table.device)
-            ends = _ends(vectors @ table.T, basis)
-            norms = vectors.norm(dim=1).tolist()
-            return {
-                "sites": [
-                    {"site": site, "norm": _short(norm), **end}
-                    for site, norm, end in zip(sites, norms, ends, strict=True)
-                ]
-            }
-        n = direction.neurons
-        assert n is not None
-        columns = torch.stack(
-            [
-                tower.down_projs[int(layer)].weight[:, int(neuron)].float()  # type: ignore[attr-defined]
-                for layer, neuron in zip(n.layer, n.neuron, strict=True)
-            ]
-        ).to(table.device)
-        size = columns.norm(dim=1).cpu() * torch.from_numpy(np.abs(n.alpha))
-        order = size.argsort(descending=True, stable=True)[:NEURONS_SHOWN]
-        ends = _ends(columns[order.to(table.device)] @ table.T, basis)
+    per residual site the tokens nearest to the vector and to its opposite. Labels as in `TokenBasis`: raw dot products; in a
+    tower without words the dimensions of the action that are raised and lowered, as in `ActionBasis`."""
+    if direction.dense is not None:
+        sites = sorted(direction.dense)
+        vectors = np.stack([direction.dense[site] for site in sites])
+        return {
+            "basis": tower.basis,
+            "sites": [
+                {"site": site, "norm": _short(float(np.linalg.norm(vector))), **end}
+                for site, vector, end in zip(sites, vectors, _ends(vectors, reader), strict=True)
+            ],
+        }
+    n = direction.neurons
+    assert n is not None
+    columns = torch.stack(
+        [
+            tower.down_projs[int(layer)].weight[:, int(neuron)].detach().float().cpu()  # type: ignore[attr-defined]
+            for layer, neuron in zip(n.layer, n.neuron, strict=True)
+        ]
+    )
+    size = columns.norm(dim=1) * torch.from_numpy(np.abs(n.alpha))
+    order = size.argsort(descending=True, stable=True)[:NEURONS_SHOWN]
     rows = []
-    for i, end in zip(order.tolist(), ends, strict=True):
+    for i, end in zip(order.tolist(), _ends(columns[order].numpy(), reader), strict=True):
         layer, neuron = int(n.layer[i]), int(n.neuron[i])
         row = {
             "layer": layer,
@@ -157,17 +155,12 @@ def contents(direction: Direction, tower: Tower, basis: TokenBasis) -> dict[str,
         }
         row |= {"write": _short(float(size[i]))} | ({"low": _short(float(n.low[i]))} if n.low is not None else {})
         rows.append({**row, **end})
-    return {"neurons": rows, "count": len(n)}
+    return {"basis": tower.basis, "neurons": rows, "count": len(n)}
 
 
-def _ends(scores: torch.Tensor, basis: TokenBasis) -> list[dict[str, list[str]]]:
-    """tokens: the largest of [K, vocab] scores, best first; low_tokens: the most negative."""
-    count = min(TOKENS_SHOWN, scores.shape[1])
-    high, low = scores.topk(count, dim=1).indices.tolist(), scores.topk(count, dim=1, largest=False).indices.tolist()
-    return [
-        {"tokens": [basis.text(t) for t in a], "low_tokens": [basis.text(t) for t in b]}
-        for a, b in zip(high, low, strict=True)
-    ]
+def _ends(vectors: np.ndarray, reader: TokenBasis | ActionBasis) -> list[dict[str, list[str]]]:
+    """tokens: what vectors [K, d_model] say, best first; low_tokens: what their opposites say."""
+    return [{"tokens": high, "low_tokens": low} for high, low in reader.ends(vectors, TOKENS_SHOWN)]
 
 
 def save(document: Mapping[str, Any], path: Path) -> Path:

@@ -128,13 +128,15 @@ class Score:
 
 @dataclass(frozen=True)
 class FinderRow:
-    """Directions of one axis by one finder, each at its best strength; means over directions. POOLED stands for the controls.
+    """Directions of one axis by one finder in one tower, each at its best strength; means over directions. POOLED stands for
+    the controls.
 
     beaten: controls whose on-axis effect is smaller; ratio_beaten: whose ratio is. works: of how many the on-axis effect is
     larger than every control's there.
     """
 
     axis: str
+    tower: str
     finder: str
     directions: int
     on: float
@@ -337,18 +339,24 @@ def _ratio(on: float, damage: float) -> float:
 
 
 def _by_finder(scores: Sequence[Score]) -> list[FinderRow]:
-    """Best ratio first within an axis; the controls of its directions stand among the finders, pooled."""
+    """Best ratio first within an axis; the controls of its directions stand among the finders, pooled by tower."""
     claimed = [s for s in scores if s.claim is not None and s.at_best is not None]
     rows = []
     for axis in sorted({s.claim.axis for s in claimed if s.claim is not None}):
-        mine = [s for s in claimed if s.claim is not None and s.claim.axis == axis]
-        of_axis = [_finder_row(axis, f, [s for s in mine if s.finder == f]) for f in sorted({s.finder for s in mine})]
-        pooled = _pooled_row(axis, mine)
-        rows += sorted([*of_axis, *([pooled] if pooled else [])], key=lambda r: -r.ratio)
+        of_axis: list[FinderRow] = []
+        for tower in sorted({s.direction.tower for s in claimed}):
+            mine = [s for s in claimed if s.claim is not None and (s.claim.axis, s.direction.tower) == (axis, tower)]
+            of_axis += [
+                _finder_row(axis, tower, f, [s for s in mine if s.finder == f])
+                for f in sorted({s.finder for s in mine})
+            ]
+            pooled = _pooled_row(axis, tower, mine)
+            of_axis += [pooled] if pooled else []
+        rows += sorted(of_axis, key=lambda r: -r.ratio)
     return rows
 
 
-def _finder_row(axis: str, finder: str, scores: Sequence[Score]) -> FinderRow:
+def _finder_row(axis: str, tower: str, finder: str, scores: Sequence[Score]) -> FinderRow:
     points = [p for s in scores if (p := s.at_best) is not None]
 
     def mean(value: Callable[[Point], float | None]) -> float | None:
@@ -358,6 +366,7 @@ def _finder_row(axis: str, finder: str, scores: Sequence[Score]) -> FinderRow:
     shares = [share for s in scores if (share := s.ratio_beaten) is not None]
     return FinderRow(
         axis,
+        tower,
         finder,
         len(points),
         on=mean(lambda p: p.on) or 0.0,
@@ -370,7 +379,7 @@ def _finder_row(axis: str, finder: str, scores: Sequence[Score]) -> FinderRow:
     )
 
 
-def _pooled_row(axis: str, scores: Sequence[Score]) -> FinderRow | None:
+def _pooled_row(axis: str, tower: str, scores: Sequence[Score]) -> FinderRow | None:
     """Every control at its own best strength."""
     picked: list[tuple[float, float, float]] = []
     for score in scores:
@@ -382,4 +391,4 @@ def _pooled_row(axis: str, scores: Sequence[Score]) -> FinderRow | None:
     if not picked:
         return None
     on, damage, ratio = np.mean(picked, axis=0)
-    return FinderRow(axis, POOLED, len(picked), float(on), None, float(damage), float(ratio), None, None, 0)
+    return FinderRow(axis, tower, POOLED, len(picked), float(on), None, float(damage), float(ratio), None, None, 0)

@@ -123,6 +123,16 @@ class TokenBasis:
     def vocab(self) -> int:
         return int(self.rows.shape[0])
 
+    def ends(self, vectors: np.ndarray, count: int) -> list[tuple[list[str], list[str]]]:
+        """The `count` tokens that each row of [N, d_model] points at most, best first, and at least."""
+        table = self.unembedding.detach()
+        k, out = min(count, self.vocab), []
+        for rows in torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).split(64):
+            scores = rows.to(table.device) @ table.float().T
+            high, low = scores.topk(k, dim=1).indices.tolist(), scores.topk(k, dim=1, largest=False).indices.tolist()
+            out += [([self.text(t) for t in a], [self.text(t) for t in b]) for a, b in zip(high, low, strict=True)]
+        return out
+
     def text(self, token: int) -> str:
         """Text of a token, leading space kept; `[action: 0.824]` for an action token, `[row 32001]` for padding."""
         if token not in self._texts:

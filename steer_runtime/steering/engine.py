@@ -328,7 +328,7 @@ class SteeringEngine:
                     f"{nearest(direction.tower, self.policy.towers)}",
                 )
             direction.require_fits(tower, self.policy.model_hash)
-            _check_reaches(direction, tower)
+            direction.require_reaches(tower)
             self._check_dtype(direction)
             by_name[direction.name] = direction
         return by_name
@@ -516,24 +516,6 @@ class SteeringEngine:
             return [(site.plan, layout.forwards, layout.seen)]
         passed = zip(phases.values(), layout.between_marks(), strict=False)
         return [(phase.plan_of(site), forwards, seen) for phase, (forwards, seen) in passed]
-
-
-def _check_reaches(direction: Direction, tower: Tower) -> None:
-    """Refuse to write where nothing can come of it. Raises SteerError('dead_layer')."""
-    if direction.neurons is not None:
-        layers = tower.steerable_layers
-        dead = sorted({layer for layer in direction.neurons.layer.tolist() if layer not in layers})
-        what, last = "layer", layers.stop - 1
-    else:
-        sites = tower.steerable_sites
-        dead = sorted(site for site in direction.dense or {} if site not in sites)
-        what, last = "residual site", sites.stop - 1
-    if dead:
-        raise SteerError(
-            "dead_layer",
-            f"direction {direction.id!r} writes to {what} {dead[0]} of tower {tower.name!r}, which cannot reach the "
-            f"action{': ' if tower.why_dead else ''}{tower.why_dead}; expected {what} 0 to {last}",
-        )
 
 
 def _neuron_plans(tower: Tower, applied: Sequence[_Applied], like: Tensor) -> dict[int, NeuronPlan]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import fabricate
 import numpy as np
 import pytest
 import yaml
@@ -180,21 +179,6 @@ def test_the_action_basis_finds_what_raises_the_values_of_action_tokens(tiny_pol
         lambda: finders.find("action", Material(tiny_policy), Recipe("up", ""), options_for("action", {"dimension": 2}))
     )
     assert refusal.code == "no_action_rows"
-
-
-def test_a_matrix_of_actions_has_a_row_a_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    policy = fabricate.tiny_policy()
-    policy.action_out_proj = torch.nn.Linear(32, 7)  # type: ignore[attr-defined]
-    options = options_for("action", {"dimension": 2, "form": "dense", "norm": 1.0})
-    direction = finders.find("action", Material(policy), Recipe("dz", ""), options)
-    row = policy.action_out_proj.weight[2].detach().numpy()  # type: ignore[attr-defined]
-    assert direction.dense is not None
-    cosine = direction.dense[3] @ row / np.linalg.norm(direction.dense[3]) / np.linalg.norm(row)
-    assert cosine == pytest.approx(1.0, abs=1e-5)
-    beyond = options_for("action", {"dimension": 7})
-    assert refused(lambda: finders.find("action", Material(policy), Recipe("dz", ""), beyond)).code == "no_action_rows"
 
 
 def refused(action: Callable[[], object]) -> SteerError:

@@ -276,7 +276,7 @@ def test_attribution_equals_finite_differences(name: str, tmp_path: Path) -> Non
     policy = fabricate.tiny_policy(dtype=torch.float64)
     moment = Moment(fabricate.make_observation(policy, seed=3), -1.0, "carry")
     material, of = Material(policy), observable(policy, name)
-    got = attribution.attribute(material, of, [1], TEXT, [moment])[1]
+    got = attribution.attribute(material, of, [1], TEXT, [moment])[("ffn", 1)]
     down = policy.towers["lm"].down_projs[1]
     text = torch.tensor(
         [role == "text" for role in policy.model.prefill_roles(len(policy.prompt_ids(moment.observation.instruction)))]

@@ -322,7 +322,7 @@ def test_the_pi0_fast_clusters_belong_to_a_prefix_of_its_shape(shell: Shell, tmp
     write_sparse(folder / "model.safetensors", shapes)
     (folder / "config.json").write_text(json.dumps({"type": "pi0", "vlm_config": {"text_config": sizes}}))
     arguments = ("--made-for", "pi0fast", "--alpha", "10", "--checkpoint", folder)
-    assert code(shell("import", PI0_FAST, *arguments)) == "unknown_tower"
+    assert code(shell("import", PI0_FAST, *arguments, "--tower", "expert")) == "unknown_tower"
     result = shell("import", PI0_FAST, *arguments, "--tower", "prefix")
     assert result.exit_code == 0, result.output
     high = shell.store.load("high_cluster")

@@ -152,7 +152,7 @@ def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
 def verify(
     policy: ModelPolicy = "",
     checkpoint: ModelCheckpoint = None,
-    tower: TowerOption = "lm",
+    tower: TowerOption = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Read every file of the store: hashes, cards, ends of axes, and the model if one is given. Exit code 2 for a problem."""

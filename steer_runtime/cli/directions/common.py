@@ -30,7 +30,9 @@ PolicyOption = Annotated[
 ]
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of directions.")]
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of computed labels.")]
-TowerOption = Annotated[str, typer.Option("--tower", help="Transformer of the policy.")]
+TowerOption = Annotated[
+    str, typer.Option("--tower", help="Transformer of the policy, such as prefix or expert; default its only one.")
+]
 DEFAULT_POLICY = "pocket-untrained"
 DEFAULT_STORE = Path("directions")
 DEFAULT_CACHE = Path("build/labels")
@@ -94,20 +96,24 @@ def today() -> str:
 
 
 def tower_of(policy: Any, name: str) -> Any:
-    if name not in policy.towers:
-        raise SteerError(
-            "unknown_tower", f"{policy.name!r} has no tower {name[:40]!r}: expected {', '.join(policy.towers)}"
-        )
-    return policy.towers[name]
+    """A tower of a policy or of `CheckpointVectors`, by name or the only one. Raises 'unknown_tower', 'which_tower'."""
+    from steer_runtime.directions.towers import named_tower
+
+    return named_tower(policy, name)
 
 
 def labels_for(
     policy: Any, tower: str, cache: Path, layers: Sequence[int] | None, top_k: int = 10, **options: Any
 ) -> Labels:
-    """Labels of a policy or of `CheckpointVectors`, by the cache. options: variant, dtype, run of `LabelCache.labels`."""
+    """Labels of a policy or of `CheckpointVectors`, by the cache. options: variant, dtype, run of `LabelCache.labels`.
+
+    Raises SteerError('no_token_basis') for a tower without words.
+    """
     from steer_runtime.directions.token_basis import LabelCache, TokenBasis
+    from steer_runtime.directions.towers import require_tokens
 
     chosen = tower_of(policy, tower)
+    require_tokens(chosen, policy.name)
     with progress_bar("projecting value vectors") as progress:
         keep = LabelCache(cache, notice=lambda sentence: typer.echo(sentence, err=True))
         return keep.labels(

@@ -53,7 +53,7 @@ def import_file(
     ],
     policy: ModelPolicy = "",
     checkpoint: ModelCheckpoint = None,
-    tower: TowerOption = "lm",
+    tower: TowerOption = "",
     made_for: Annotated[
         str,
         typer.Option(help="YAML: sizes of the flat indices: openvla (32x11008), pi0fast (18x16384), or LAYERSxD_FF."),

@@ -31,7 +31,6 @@ from steer_runtime.cli.directions.common import (
     say,
     show_direction,
     today,
-    tower_of,
     untrained_suffix,
 )
 from steer_runtime.directions.direction import NO_LICENCE
@@ -52,10 +51,12 @@ EXAMPLES = {
     "token": "token up --words up,above --against down",
     "neurons": "neurons lift --neurons 3:17,4:20 --alpha 10",
     "word": "word speed --words faster,quick --against slow,slower --site 6 --norm 110 --axis",
-    "action": "action bold --readout size --span action",
+    "action": "action rise --dimension 2 --tower expert --policy pocket-pi0-untrained   (of action tokens: action bold "
+    "--readout size)",
     "contrast": "contrast quick --moments out/moments/neutral.safetensors --positive '{}, quickly | {}, fast' "
-    "--negative '{}, slowly | {}, no hurry'",
-    "attribution": "attribution pace --moments out/moments/told.safetensors --observable said_pace --axis",
+    "--negative '{}, slowly | {}, no hurry'   (an expert: --tower expert)",
+    "attribution": "attribution pace --moments out/moments/told.safetensors --observable said_pace --axis   (an expert: "
+    "attribution height --tower expert --form dense --site 4 --observable dz ...)",
     "probe": "probe height --moments out/moments/told.safetensors --quantity height --axis",
     "snmf": "snmf height --moments out/moments/told.safetensors --layer 5 --quantity height",
     "pca": "pca main --moments out/moments/told.safetensors --component 0",
@@ -90,7 +91,7 @@ def _recipe_parameters() -> list[inspect.Parameter]:
         max_strength: Annotated[float, typer.Option(help="Largest strength the engine accepts, in (0, 1].")] = 1.0,
         licence: Annotated[str, typer.Option(help="SPDX expression, such as Apache-2.0.")] = NO_LICENCE,
         policy: PolicyOption = DEFAULT_POLICY,
-        tower: TowerOption = "lm",
+        tower: TowerOption = "",
         store: StoreOption = DEFAULT_STORE,
         cache: CacheOption = DEFAULT_CACHE,
     ) -> None: ...
@@ -170,7 +171,6 @@ def _make(
         options.opposite()  # refused before a policy is loaded
     folder = DirectionStore(store)
     loaded = load(policy)
-    tower_of(loaded, tower)
     recipe = finders.Recipe(
         name=name,
         date=today(),
@@ -220,11 +220,10 @@ def build(
 
     catalog = building.read_catalog(file)
     loaded = load(catalog.policy)
-    tower_of(loaded, catalog.tower)
     folder = DirectionStore(store)
     counts = {"made": 0, "left": 0}
     refused = []
-    with _material(loaded, catalog.tower, cache, folder) as material:
+    with _material(loaded, building.first_tower(catalog), cache, folder) as material:
         for built in building.build(catalog, material, folder, date=today(), facts=policy_facts(loaded)):
             if built.refused is not None:
                 refused.append(built.refused)
@@ -253,7 +252,7 @@ def _material(loaded: Any, tower: str, cache: Path, store: DirectionStore) -> It
         yield Material(
             loaded,
             tower,
-            labels=lambda layers: labels_for(loaded, tower, cache, layers),
+            labels=lambda tower, layers: labels_for(loaded, tower, cache, layers),
             stored=lambda ref: store.load(ref, model_hash=loaded.model_hash),
             report=lambda what, done, total: bar.update(
                 task, description=what, completed=done, total=total, visible=done < total

@@ -55,14 +55,18 @@ def score(
         int | None, typer.Option("--moments-used", min=1, help="So many of the moments, in even steps; default all.")
     ] = None,
     reading: Annotated[
-        str, typer.Option(help="Of the table: executed (the greedy action) or expected (mean over the bins).")
+        str,
+        typer.Option(
+            help="Of the table: executed (the greedy first action; of a flow policy the mean of the actions handed on) or "
+            "expected (mean over the bins of action tokens)."
+        ),
     ] = "executed",
     seed: Annotated[int, typer.Option(help="Of controls and intervals.")] = 0,
     page: Annotated[bool, typer.Option(help="Also write score.html.")] = True,
     policy: PolicyOption = DEFAULT_POLICY,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """What directions do to the first action at recorded moments, at several strengths, against random controls.
+    """What directions do to the actions of an inference at recorded moments, at several strengths, against random controls.
 
     Writes measurements.jsonl (goes on where it stopped), score.json and score.html to --out. An effect is a mean paired
     difference to the unsteered policy; z is its distance from the controls' in their standard deviations; damage is what
@@ -70,10 +74,10 @@ def score(
     """
     from steer_runtime.directions import score as scoring
     from steer_runtime.directions import score_page
+    from steer_runtime.directions.action_basis import reader_of
     from steer_runtime.directions.observables import READINGS, parse_on
     from steer_runtime.directions.score_summary import summarise
     from steer_runtime.directions.store import DirectionStore
-    from steer_runtime.directions.token_basis import TokenBasis
     from steer_runtime.moments import load_moments
 
     if bool(names) == everything:
@@ -101,7 +105,7 @@ def score(
     if reading not in told:
         raise SteerError("not_told", f"{loaded.name} has no {reading} action: give --reading {told[0]}")
     summaries = {r: summarise(rows, plan, chosen, r, axes=axes, on=claim, seed=seed) for r in told}
-    basis = TokenBasis.of(loaded)
+    readers = {name: reader_of(loaded, tower) for name, tower in loaded.towers.items()}
     facts = {
         "policy": {"name": loaded.name, "model_hash": loaded.model_hash, "trained": bool(loaded.trained)},
         "moments": {
@@ -115,7 +119,7 @@ def score(
         "strengths": list(plan.strengths),
         "reading": reading,
     }
-    contents = {d.hash: score_page.contents(d, loaded.towers[d.tower], basis) for d in directions}
+    contents = {d.hash: score_page.contents(d, loaded.towers[d.tower], readers[d.tower]) for d in directions}
     document = score_page.document(list(summaries.values()), facts, contents, axes)
     saved = [score_page.save(document, out / "score.json")]
     _show(summaries[reading], policy_title(loaded), random)
@@ -138,28 +142,33 @@ def _show(summary: Summary, title: str, random: int) -> None:
     from steer_runtime.directions.observables import observable
 
     console = new_console()
+    several = len({one.direction.tower for one in summary.scores}) > 1
     table = new_table(
         f"Directions of {title}, {summary.reading} action, each at the strength of its best ratio",
-        "direction", "claims", "finder", "at", "dose", "effect", "z (moved)", "beats", "damage", "ratio", "ratio beats", "steady",
+        "direction", "claims", *(["tower"] if several else []), "finder", "at", "dose", "effect", "z (moved)", "beats", "damage", "ratio", "ratio beats", "steady",
     )  # fmt: skip
     # Twelve columns fit a page of paper without the lines between them.
     table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
-    for column in (table.columns[0], table.columns[1], table.columns[5]):
+    effect = 5 + several
+    for column in (table.columns[0], table.columns[1], table.columns[effect]):
         column.no_wrap = True
     for one in summary.scores:
-        table.add_row(*(Text(printable(cell)) for cell in _cells(one, observable)))
+        name, claims, *cells = _cells(one, observable)
+        shown = [name, claims, *([one.direction.tower] if several else []), *cells]
+        table.add_row(*(Text(printable(cell)) for cell in shown))
     console.print(table)
     if summary.finders:
         finders = new_table(
             "Finders, mean over their directions at their best strength",
-            "axis", "finder", "directions", "on-axis", "z", "beats", "beat all", "damage", "ratio", "ratio beats",
+            "axis", *(["tower"] if several else []), "finder", "directions", "on-axis", "z", "beats", "beat all", "damage", "ratio", "ratio beats",
         )  # fmt: skip
-        for row in summary.finders:
-            cells = (
-                row.axis, row.finder, str(row.directions), f"{row.on:+.2f}", _number(row.z, "+.1f"), _share(row.beaten),
-                str(row.works), f"{row.damage:.2f}", f"{row.ratio:+.2f}", _share(row.ratio_beaten),
+        for found in summary.finders:
+            told = (
+                found.axis, *([found.tower] if several else []), found.finder, str(found.directions), f"{found.on:+.2f}",
+                _number(found.z, "+.1f"), _share(found.beaten), str(found.works), f"{found.damage:.2f}",
+                f"{found.ratio:+.2f}", _share(found.ratio_beaten),
             )  # fmt: skip
-            finders.add_row(*(Text(printable(cell)) for cell in cells))
+            finders.add_row(*(Text(printable(cell)) for cell in told))
         console.print(finders)
     console.print(
         Text(

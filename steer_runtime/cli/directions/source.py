@@ -22,9 +22,7 @@ CheckpointOption = Annotated[
 TokenizerOption = Annotated[
     Path | None, typer.Option("--tokenizer", help="tokenizer.json for a --checkpoint that has none (Pi0).")
 ]
-SourceTowerOption = Annotated[
-    str, typer.Option("--tower", help="Transformer; default lm, or the one of the checkpoint.")
-]
+SourceTowerOption = Annotated[str, typer.Option("--tower", help="Transformer; default the one that reads words.")]
 
 
 def open_source(policy: str, checkpoint: Path | None, tokenizer: Path | None = None) -> Any:
@@ -46,5 +44,5 @@ def open_source(policy: str, checkpoint: Path | None, tokenizer: Path | None = N
 
 
 def tower_name(source: Any, tower: str) -> str:
-    """The tower asked for, or the first of the source."""
-    return tower or str(next(iter(source.towers)))
+    """The tower asked for, or the one whose token basis the source has."""
+    return tower or next(name for name, of in source.towers.items() if of.basis == "tokens")

@@ -19,6 +19,7 @@ from steer_runtime.directions.finders.recipe import OPENVLA_ALPHA, Recipe, of_ne
 from steer_runtime.directions.finders.token import CLUSTER_SIZE, from_neurons, from_words
 from steer_runtime.directions.finders.word import dense_from_words
 from steer_runtime.directions.options import OPTIONS, FinderOptions, options_for
+from steer_runtime.directions.towers import require_span
 from steer_runtime.errors import SteerError, nearest
 
 __all__ = [
@@ -68,17 +69,22 @@ FINDERS: Mapping[str, Finder] = {name: Finder(name, OPTIONS[name], find) for nam
 def find(finder: str, material: Material, recipe: Recipe, options: FinderOptions) -> Direction:
     """What a finder finds, with finder, options and `recipe_key` in its provenance.
 
-    Raises SteerError: 'unknown_finder', and what the finder refuses.
+    Raises SteerError: 'unknown_finder', 'bad_span' for a span of which the tower has no token, 'dead_layer', and what the
+    finder refuses.
     """
     if finder not in FINDERS:
         raise SteerError("unknown_finder", f"finder {finder[:40]!r} is not known: {nearest(finder, FINDERS)}")
+    require_span(material.tower, recipe.span)
     facts = {
         **recipe.facts,
         "finder": finder,
         "options": told(material, options),
         "recipe": recipe_key(finder, material, recipe, options),
     }
-    return FINDERS[finder].find(material, replace(recipe, facts=facts), options)
+    direction = FINDERS[finder].find(material, replace(recipe, facts=facts), options)
+    require_span(material.tower, direction.span)
+    direction.require_reaches(material.tower)
+    return direction
 
 
 def find_axis(finder: str, material: Material, recipe: Recipe, options: FinderOptions) -> tuple[Direction, Direction]:

@@ -20,6 +20,7 @@ from steer_runtime.directions.finders.placing import (
     chosen_site,
     column_norms,
     place_neurons,
+    place_onto,
     place_vector,
     span_of,
     strongest,
@@ -35,14 +36,19 @@ def find(material: Material, recipe: Recipe, options: ContrastOptions) -> Direct
     """d = mean over pairs of h(moment, positive wording) - h(moment, negative wording), or
     d = mean h(moments above the median of a quantity) - mean h(moments below it); h pooled over the span's tokens.
 
-    Dense: d at a site. Neurons: on f, the inputs of down_proj, the `count` largest |d_j| ||w_j||, each added its d_j.
+    Dense: d at a site. Neurons: on f, the inputs of down_proj, the `count` largest |d_j| ||w_j||, each added its d_j. Onto a
+    layer: d behind it, written as `place_onto` does. In an expert h is a mean over denoising steps as well, and both sides
+    of a pair begin from the same noise.
     `consistency` in the provenance: mean cosine of a pair's difference with d. Raises SteerError: 'no_groups', and as
     `Material.activations`.
     """
+    onto = options.onto_layer
     if options.form == "dense":
-        site = chosen_site(material, options.site)
+        site = chosen_site(material, options.site if onto is None else onto + 1)
         found, facts = _differences(material, recipe, options, [("residual", site)])
         vector = _signed(found[("residual", site)], options)
+        if onto is not None:
+            return place_onto(material, recipe, vector, onto, facts, norm=options.norm, count=options.count)
         return place_vector(material, recipe, site, vector, facts, norm=options.norm)
     layers = chosen_layers(material, options.layers)
     found, facts = _differences(material, recipe, options, [("ffn", layer) for layer in layers])
@@ -68,7 +74,7 @@ def _differences(
     material: Material, recipe: Recipe, options: ContrastOptions, places: list[Place]
 ) -> tuple[Mapping[Place, np.ndarray], dict[str, Any]]:
     """Place -> difference of means float64 [width], and facts."""
-    span = span_of(recipe)
+    span = span_of(material, recipe)
 
     def seen(wording: str) -> Activations:
         return material.activations(options.moments, span, options.pool, wording=wording)

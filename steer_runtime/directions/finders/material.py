@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer_runtime.directions.action_basis import ActionBasis
 from steer_runtime.directions.activations import Activations, capture
 from steer_runtime.directions.direction import Direction
 from steer_runtime.directions.options import Pool
 from steer_runtime.directions.token_basis import Labels, TokenBasis, TowerIdentity
+from steer_runtime.directions.towers import named_tower, require_tokens
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.moments import Moment, load_moments, measured
 from steer_runtime.types import Role, Tower
@@ -38,32 +40,39 @@ class _Batch:
 
 
 class Material:
-    """labels: where labels of layers come from (default: projected here, uncached). stored: how to load a direction by name.
+    """tower: name of one, empty for the policy's only one. labels: where labels of layers of a tower come from (default:
+    projected here, uncached). stored: how to load a direction by name.
 
-    Raises SteerError('unknown_tower').
+    Raises SteerError: 'unknown_tower', 'which_tower' for no name where there are several.
     """
 
     def __init__(
         self,
         policy: Any,
-        tower: str = "lm",
+        tower: str = "",
         *,
-        labels: Callable[[Sequence[int] | None], Labels] | None = None,
+        labels: Callable[[str, Sequence[int] | None], Labels] | None = None,
         stored: Callable[[str], Direction] | None = None,
         report: Report | None = None,
     ) -> None:
-        if tower not in policy.towers:
-            raise SteerError(
-                "unknown_tower", f"{policy.name!r} has no tower {tower[:40]!r}: {nearest(tower, policy.towers)}"
-            )
         self.policy = policy
-        self.tower: Tower = policy.towers[tower]
+        self.tower: Tower = named_tower(policy, tower)
         self._labels = labels
         self._stored = stored
         self._report = report
         self._batches: dict[Path, _Batch] = {}
         self._activations: dict[tuple[object, ...], Activations] = {}
         self._once: dict[Hashable, Any] = {}
+        self._towers: dict[str, Material] = {self.tower.name: self}
+
+    def at(self, tower: str) -> Material:
+        """The same material of another tower of the policy; files of moments are shared. Raises as the constructor."""
+        name = named_tower(self.policy, tower).name
+        if name not in self._towers:
+            other = Material(self.policy, name, labels=self._labels, stored=self._stored, report=self._report)
+            other._batches, other._towers = self._batches, self._towers
+            self._towers[name] = other
+        return self._towers[name]
 
     @cached_property
     def identity(self) -> TowerIdentity:
@@ -71,13 +80,26 @@ class Material:
 
     @cached_property
     def basis(self) -> TokenBasis:
+        """Raises SteerError('no_token_basis') for a tower without words."""
+        require_tokens(self.tower, self.policy.name)
         return TokenBasis.of(self.policy)
 
+    @cached_property
+    def reader(self) -> TokenBasis | ActionBasis:
+        """What the tower's residual stream is read through."""
+        return self.basis if self.tower.basis == "tokens" else ActionBasis.of(self.policy)
+
+    @property
+    def default_span(self) -> frozenset[Role]:
+        """Where measured directions are taken and written unless said otherwise: the text, or the actions of an expert."""
+        return frozenset({"text"}) if self.tower.basis == "tokens" else frozenset({"action"})
+
     def labels(self, layers: Sequence[int] | None) -> Labels:
-        """Labels of layers, None for all."""
+        """Labels of layers, None for all. Raises SteerError('no_token_basis')."""
+        basis = self.basis
         if self._labels is not None:
-            return self._labels(layers)
-        return self.basis.project(self.tower, self.policy.model_hash, layers=layers)
+            return self._labels(self.tower.name, layers)
+        return basis.project(self.tower, self.policy.model_hash, layers=layers)
 
     def stored(self, ref: str) -> Direction:
         """A direction of the store that is being filled. Raises SteerError as its `load`, 'no_store' where there is none."""
@@ -105,33 +127,44 @@ class Material:
 
     @cached_property
     def mean_norm(self) -> float:
-        """Mean norm of a word's row, the unit of `norm`."""
-        return float(self.words.norm(dim=1).mean())
+        """The unit of `norm`: mean norm of a word embedding as the tower reads it, or of a row of the action basis."""
+        if isinstance(self.reader, ActionBasis):
+            return self.reader.unit
+        return float(self.words.norm(dim=1).mean()) * self._embedding_scale
+
+    @property
+    def _embeddings(self) -> Any:
+        language_model = getattr(getattr(self.policy, "model", None), "language_model", None)
+        return None if language_model is None else language_model.get_input_embeddings()
+
+    @property
+    def _embedding_scale(self) -> float:
+        """What a word's row is multiplied by on its way in: Gemma's sqrt(d_model), else 1."""
+        return float(getattr(self._embeddings, "embed_scale", 1.0))
 
     def table(self, site: int) -> Tensor:
         """[vocab, d_model] that words are read from at a site: input embeddings at site 0, the unembedding after."""
-        language_model = getattr(getattr(self.policy, "model", None), "language_model", None)
-        if site == 0 and language_model is not None:
-            return language_model.get_input_embeddings().weight
-        return self.basis.unembedding
+        basis = self.basis
+        if site == 0 and self._embeddings is not None:
+            return self._embeddings.weight * self._embedding_scale
+        return basis.unembedding
 
-    def weight(self, layer: int) -> Tensor:
-        """down_proj of a layer, float32 [d_model, d_ff]. Raises SteerError('layer_out_of_range')."""
+    def require_layer(self, layer: int) -> None:
+        """Raises SteerError('layer_out_of_range')."""
         if not 0 <= layer < self.tower.layers:
             raise SteerError(
                 "layer_out_of_range",
                 f"layer {layer} of tower {self.tower.name!r} was asked for: expected 0 to {self.tower.layers - 1}",
             )
+
+    def weight(self, layer: int) -> Tensor:
+        """down_proj of a layer, float32 [d_model, d_ff]. Raises SteerError('layer_out_of_range')."""
+        self.require_layer(layer)
         return self.tower.down_projs[layer].weight.detach().to("cpu", torch.float32)  # type: ignore[attr-defined]
 
     def reads(self, vectors: np.ndarray, count: int = LABEL) -> list[list[str]]:
-        """The `count` tokens that each row of [N, d_model] points at most, best first."""
-        table = self.basis.unembedding.to("cpu", torch.float32)
-        out: list[list[str]] = []
-        for rows in torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).split(64):
-            best = (rows @ table.T).topk(min(count, self.basis.vocab), dim=1).indices
-            out += [[self.basis.text(int(token)) for token in row] for row in best]
-        return out
+        """The `count` tokens, or action dimensions, that each row of [N, d_model] points at most, best first."""
+        return [high for high, _ in self.reader.ends(vectors, count)]
 
     def moments(self, path: Path) -> tuple[Moment, ...]:
         """Moments of a file. Raises SteerError as `load_moments`."""

@@ -46,7 +46,7 @@ def find(material: Material, recipe: Recipe, options: PcaOptions) -> Direction:
         (layer,) = chosen_layers(material, options.layers)
     seen = material.activations(
         options.moments,
-        span_of(recipe),
+        span_of(material, recipe),
         options.pool,
         layers=[] if layer is None else [layer],
         sites=[site] if layer is None else [],

@@ -10,22 +10,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 
 from steer_runtime.directions.direction import Direction, Neurons, Operation
 from steer_runtime.directions.finders.material import Material
 from steer_runtime.directions.finders.recipe import Recipe, written
+from steer_runtime.directions.towers import require_reach
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Role
 
-TEXT: frozenset[Role] = frozenset({"text"})
 NEURON_FACTS = 50
 """Neurons whose labels are kept in the provenance: the largest writers."""
 
 
-def span_of(recipe: Recipe, default: frozenset[Role] = TEXT) -> frozenset[Role]:
-    """Where a direction is measured and written."""
-    return default if recipe.span is None else recipe.span
+def span_of(material: Material, recipe: Recipe, default: frozenset[Role] | None = None) -> frozenset[Role]:
+    """Where a direction is measured and written: the recipe's span, the finder's default, or the tower's."""
+    if recipe.span is not None:
+        return recipe.span
+    return material.default_span if default is None else default
 
 
 def place_vector(
@@ -36,9 +39,11 @@ def place_vector(
     facts: Mapping[str, Any],
     *,
     norm: float | None,
-    span: frozenset[Role] = TEXT,
+    span: frozenset[Role] | None = None,
 ) -> Direction:
-    """`vector` [d_model] added at a residual site; norm in mean word norms, None as it is; recipe.alpha a factor.
+    """`vector` [d_model] added at a residual site; norm in units of `Material.mean_norm`, None as it is; recipe.alpha a factor.
+
+    span: the finder's default, where it is not the tower's.
 
     Raises SteerError: 'bad_operation', 'no_direction' for a zero vector, and what Direction refuses.
     """
@@ -53,7 +58,12 @@ def place_vector(
         "reads_low": material.reads(-scaled[None])[0],
     }
     return written(
-        material.identity, recipe, {**facts, **more}, op="add", span=span_of(recipe, span), dense={site: scaled}
+        material.identity,
+        recipe,
+        {**facts, **more},
+        op="add",
+        span=span_of(material, recipe, span),
+        dense={site: scaled},
     )
 
 
@@ -66,7 +76,7 @@ def place_neurons(
     *,
     norm: float | None,
     scores: Sequence[float] | None = None,
-    span: frozenset[Role] = TEXT,
+    span: frozenset[Role] | None = None,
     op: Operation = "add",
 ) -> Direction:
     """`summands` [K] added to the (layer, neuron) inputs of down_proj; norm and recipe.alpha as in `place_vector`.
@@ -96,7 +106,44 @@ def place_neurons(
     neurons = Neurons(
         np.array([layer for layer, _ in pairs], np.int32), np.array([neuron for _, neuron in pairs], np.int32), alphas
     )
-    return written(material.identity, recipe, {**facts, **more}, op=op, span=span_of(recipe, span), neurons=neurons)
+    return written(
+        material.identity, recipe, {**facts, **more}, op=op, span=span_of(material, recipe, span), neurons=neurons
+    )
+
+
+def place_onto(
+    material: Material,
+    recipe: Recipe,
+    vector: np.ndarray,
+    layer: int,
+    facts: Mapping[str, Any],
+    *,
+    norm: float | None,
+    count: int | None,
+) -> Direction:
+    """`vector` [d_model] written by one layer's neurons, with the smallest f that brings W_down f nearest to it.
+
+    f = W_down^+ vector (pseudo-inverse); with `count`, the same over the neurons of the largest |f_j| ||w_j||, which reach
+    it in part (`reached` in the provenance, a cosine). Raises as `place_neurons`, and 'dead_layer'.
+    """
+    chosen_layers(material, [layer])
+    weight = material.weight(layer).numpy().astype(np.float64)
+    chosen = np.arange(weight.shape[1])
+    activations = _smallest(weight, vector)
+    if count is not None:
+        scores = {layer: activations * column_norms(material, layer)}
+        chosen = np.array([neuron for _, neuron in strongest(scores, count)])
+        activations = _smallest(weight[:, chosen], vector)
+    wrote = weight[:, chosen] @ activations
+    sizes = float(np.linalg.norm(wrote)) * float(np.linalg.norm(vector))
+    reached = round(float(wrote @ vector) / sizes, 6) if sizes > 0 else 0.0
+    pairs = [(layer, int(neuron)) for neuron in chosen]
+    return place_neurons(material, recipe, pairs, activations, {**facts, "reached": reached}, norm=norm)
+
+
+def _smallest(columns: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """The smallest f that brings `columns @ f` nearest to `vector`."""
+    return scipy.linalg.lstsq(columns, vector, lapack_driver="gelsy")[0]
 
 
 def _columns(material: Material, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -127,18 +174,22 @@ def column_norms(material: Material, layer: int) -> np.ndarray:
 
 
 def chosen_layers(material: Material, layers: Sequence[int]) -> tuple[int, ...]:
-    """The given layers, or all. Raises SteerError('layer_out_of_range')."""
+    """The given layers, or all that can reach the action. Raises SteerError: 'layer_out_of_range', 'dead_layer'."""
     for layer in layers:
-        material.weight(layer)
-    return tuple(dict.fromkeys(layers)) or tuple(range(material.tower.layers))
+        material.require_layer(layer)
+    require_reach(material.tower, layers=layers)
+    return tuple(dict.fromkeys(layers)) or tuple(material.tower.steerable_layers)
 
 
 def chosen_site(material: Material, site: int | None) -> int:
-    """The given residual site, or the last. Raises SteerError('layer_out_of_range')."""
+    """The given residual site, or the last that can reach the action. Raises SteerError: 'layer_out_of_range', 'dead_layer'."""
     last = material.tower.layers
-    if site is not None and not 0 <= site <= last:
+    if site is None:
+        return material.tower.steerable_sites.stop - 1
+    if not 0 <= site <= last:
         raise SteerError("layer_out_of_range", f"residual site {site} was given: expected 0 (embeddings) to {last}")
-    return last if site is None else site
+    require_reach(material.tower, sites=[site])
+    return site
 
 
 def _factor(material: Material, recipe: Recipe, size: float, norm: float | None) -> float:

@@ -50,7 +50,7 @@ def find(material: Material, recipe: Recipe, options: ProbeOptions) -> Direction
     same formula. Raises SteerError: 'no_fit' where the cross-validated R^2 (episodes left out whole) is not above zero,
     'few_episodes', 'unknown_quantity', 'no_variation'.
     """
-    seen = material.activations(options.moments, span_of(recipe), options.pool)
+    seen = material.activations(options.moments, span_of(material, recipe), options.pool)
     values = material.quantity(options.moments, options.quantity, seen)
     inputs, places = _inputs(material, options, seen)
     reading = read(inputs, values, material.episodes(options.moments))

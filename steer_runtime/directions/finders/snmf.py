@@ -16,7 +16,14 @@ from sklearn.cluster import KMeans
 from steer_runtime.directions.activations import Activations
 from steer_runtime.directions.direction import Direction
 from steer_runtime.directions.finders.material import Material
-from steer_runtime.directions.finders.placing import column_norms, place_neurons, place_vector, span_of, strongest
+from steer_runtime.directions.finders.placing import (
+    chosen_layers,
+    column_norms,
+    place_neurons,
+    place_vector,
+    span_of,
+    strongest,
+)
 from steer_runtime.directions.finders.recipe import Recipe
 from steer_runtime.directions.finders.word import mean_of
 from steer_runtime.directions.options import SnmfOptions
@@ -37,8 +44,9 @@ def find(material: Material, recipe: Recipe, options: SnmfOptions) -> Direction:
 
     Raises SteerError: 'bad_count' for more factors than tokens or neurons, 'unknown_quantity', 'no_variation'.
     """
+    chosen_layers(material, [options.layer])
     weight = material.weight(options.layer).numpy().astype(np.float64)
-    span = span_of(recipe)
+    span = span_of(material, recipe)
     seen = material.activations(options.moments, span, "each", layers=[options.layer])
     rows = seen.ffn[options.layer].astype(np.float64)
     key = (

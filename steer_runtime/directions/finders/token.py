@@ -11,6 +11,7 @@ from typing import Any
 
 from steer_runtime.directions.direction import Direction
 from steer_runtime.directions.finders.material import Material
+from steer_runtime.directions.finders.placing import chosen_layers
 from steer_runtime.directions.finders.recipe import Recipe, of_neurons
 from steer_runtime.directions.index import search
 from steer_runtime.directions.options import NeuronsOptions, TokenOptions
@@ -25,15 +26,22 @@ def find(material: Material, recipe: Recipe, options: TokenOptions) -> Direction
     """S = the `count` value vectors w_j whose label, the tokens t of the largest w_j . u_t, holds most of the words and
     none of `against`; f_j := alpha for j in S (override, alpha 4), on all tokens.
 
-    Raises SteerError as `from_words`.
+    Raises SteerError as `from_words`, and 'no_token_basis' in a tower without words.
     """
-    labels = material.labels(options.layers or None)
+    labels = material.labels(chosen_layers(material, options.layers))
     return from_words(labels, recipe, options.words, against=options.against, count=options.count)
 
 
 def find_named(material: Material, recipe: Recipe, options: NeuronsOptions) -> Direction:
-    """The (layer, neuron) pairs that are given, with their labels. Raises SteerError as `from_neurons`."""
-    from_neurons(material.identity, recipe, options.neurons)  # refuses what is out of range before labels are computed
+    """The (layer, neuron) pairs that are given, with their labels where the tower has words.
+
+    Raises SteerError as `from_neurons`, and 'dead_layer'.
+    """
+    # Refuses what is out of range before labels are computed.
+    found = from_neurons(material.identity, recipe, options.neurons)
+    found.require_reaches(material.tower)
+    if material.tower.basis != "tokens":
+        return found
     labels = material.labels(sorted({layer for layer, _ in options.neurons}))
     return from_neurons(material.identity, recipe, options.neurons, labels=labels)
 

@@ -8,15 +8,13 @@ Invariant: the vector is decided by the token basis and the words alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
 
 from steer_runtime.directions.direction import Direction
 from steer_runtime.directions.finders.material import Material
-from steer_runtime.directions.finders.placing import column_norms, place_neurons, place_vector, strongest
+from steer_runtime.directions.finders.placing import chosen_site, place_onto, place_vector
 from steer_runtime.directions.finders.recipe import Recipe, written
 from steer_runtime.directions.options import WordOptions
 from steer_runtime.directions.token_basis import TokenBasis, TowerIdentity
@@ -26,14 +24,12 @@ from steer_runtime.errors import SteerError
 def find(material: Material, recipe: Recipe, options: WordOptions) -> Direction:
     """v = mean_w e(w) - mean_a e(a) over words w and words a against, e(w) the mean embedding of the word's tokens.
 
-    Dense: norm ||v|| scaled to `norm` mean word norms, added at `site` (text tokens). Onto a layer: the smallest f with
-    W_down f = P v, f = W_down^+ v (pseudo-inverse; P projects on what the layer can write), added to its neurons; with
-    `count`, the same over the neurons of the largest |f_j| ||w_j||, which reach v in part (`reached`, a cosine).
-
-    Raises SteerError as `difference`, `place_vector`, `place_neurons`.
+    Dense: norm ||v|| scaled to `norm` mean word norms, added at `site` (text tokens). Onto a layer: as `place_onto`, with all of
+    its neurons or the `count` strongest. Raises SteerError as `difference`, `place_vector`, `place_onto`, and
+    'no_token_basis' in a tower without words.
     """
     onto = options.onto_layer
-    site = options.site if onto is None else onto + 1
+    site = chosen_site(material, options.site if onto is None else onto + 1)
     lead = " " if options.spaced else ""
     positive, negative = ([lead + word for word in words] for words in (options.words, options.against))
     vector, tokens = difference(material.basis, positive, negative, material.table(site))
@@ -42,7 +38,8 @@ def find(material: Material, recipe: Recipe, options: WordOptions) -> Direction:
     facts = {"tokens": {word: list(ids) for word, ids in tokens.items()}}
     if onto is None:
         return place_vector(material, recipe, site, vector.numpy(), facts, norm=options.norm)
-    return _onto_neurons(material, recipe, vector.numpy().astype(np.float64), onto, options, facts)
+    wanted = vector.numpy().astype(np.float64)
+    return place_onto(material, recipe, wanted, onto, facts, norm=options.norm, count=options.count)
 
 
 def difference(
@@ -64,28 +61,6 @@ def mean_of(
     tokens = {word: _single_tokens(basis, word) for word in words}
     rows = [table[list(tokens[word])].detach().to("cpu", torch.float32).mean(0) for word in words]
     return torch.stack(rows).mean(0), tokens
-
-
-def _onto_neurons(
-    material: Material, recipe: Recipe, vector: np.ndarray, layer: int, options: WordOptions, facts: dict[str, Any]
-) -> Direction:
-    weight = material.weight(layer).numpy().astype(np.float64)
-    chosen = np.arange(weight.shape[1])
-    activations = _smallest(weight, vector)
-    if options.count is not None:
-        scores = {layer: activations * column_norms(material, layer)}
-        chosen = np.array([neuron for _, neuron in strongest(scores, options.count)])
-        activations = _smallest(weight[:, chosen], vector)
-    wrote = weight[:, chosen] @ activations
-    sizes = float(np.linalg.norm(wrote)) * float(np.linalg.norm(vector))
-    facts["reached"] = round(float(wrote @ vector) / sizes, 6) if sizes > 0 else 0.0
-    pairs = [(layer, int(neuron)) for neuron in chosen]
-    return place_neurons(material, recipe, pairs, activations, facts, norm=options.norm)
-
-
-def _smallest(columns: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """The smallest f that brings `columns @ f` nearest to `vector`."""
-    return scipy.linalg.lstsq(columns, vector, lapack_driver="gelsy")[0]
 
 
 def dense_from_words(
