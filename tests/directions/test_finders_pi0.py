@@ -217,7 +217,6 @@ def test_a_contrast_written_into_the_expert_moves_the_action_as_its_wording_does
     direction = found("contrast", policy, "expert", **wordings)
     assert direction.span == {"action"}
     assert list(direction.dense or {}) == [LAYERS]
-    like = finders.controls(direction, policy.towers["expert"], 8, seed=0)
 
     def said(word: str) -> np.ndarray:
         told = [replace(m.observation, instruction=f"pick up the soup {word}") for m in moments]
@@ -227,10 +226,9 @@ def test_a_contrast_written_into_the_expert_moves_the_action_as_its_wording_does
         return np.mean([actions(policy, m, one) - actions(policy, m) for m in moments], axis=0)
 
     wanted = said("fast") - said("slow")
-    changed = [moved(one) for one in (direction, *like)]
-    mine, *others = (float(change @ wanted) for change in changed)
-    assert cosine(changed[0], wanted) > 0.6
-    assert mine > max(others)
+    assert cosine(moved(direction), wanted) > 0.8
+    # And about as far: a random write of this norm may go that way, but hardly by as much.
+    assert 0.5 < float(moved(direction) @ wanted / (wanted @ wanted)) < 1.5
 
 
 def test_a_contrast_onto_a_layer_writes_the_same_with_its_strongest_value_vectors(
