@@ -21,9 +21,9 @@ from geometry_msgs.msg import PoseStamped
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import String
+from std_msgs.msg import Header, String
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
-from steer_msgs.msg import EpisodeStatus
+from steer_msgs.msg import EpisodeStatus, GripperCommand
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 from steer_msgs.msg import SteeringVerdict as SteeringVerdictMsg
 
@@ -160,6 +160,7 @@ class SensorDriver(Listener):
         }
         self.joints = node.create_publisher(JointState, "joint_states", SENSOR)
         self.pose = node.create_publisher(PoseStamped, "eef_pose", SENSOR)
+        self.gripper = node.create_publisher(GripperCommand, "gripper_command", SENSOR)
         self.instruction = node.create_publisher(String, "instruction", LATCHED)
         self.description = node.create_publisher(RobotDescriptionMsg, "robot_description", LATCHED)
         self.json = node.create_publisher(String, "command_json", COMMAND)
@@ -167,10 +168,13 @@ class SensorDriver(Listener):
         node.create_subscription(SteeringVerdictMsg, "verdict", self.keep(self.verdicts), VERDICT)
         node.create_subscription(DiagnosticArray, "/diagnostics", self.keep(self.diagnostics), DIAGNOSTICS)
 
-    def describe(self, space: ActionSpace = LIBERO_ACTION_SPACE) -> None:
+    def describe(self, space: ActionSpace = LIBERO_ACTION_SPACE, *, tells_gripper: bool = False) -> None:
         """Say what this robot is."""
         cameras = tuple(Camera(name, SIZE, SIZE) for name in self.cameras)
-        told = RobotDescription(self.session, "driver", self.lockstep, space, cameras, JOINTS, JOINTS[-2:])
+        fingers = JOINTS[-2:]
+        told = RobotDescription(
+            self.session, "driver", self.lockstep, space, cameras, JOINTS, fingers, tells_gripper=tells_gripper
+        )
         self.instruction.publish(String(data="pick up the soup and place it in the basket"))
         self.description.publish(description_to_msg(told, time.time_ns()))
 
@@ -186,12 +190,18 @@ class SensorDriver(Listener):
         skip: tuple[str, ...] = (),
         change: Callable[[Image], None] | None = None,
         joint_names: tuple[str, ...] = JOINTS,
+        gripper: float | None = None,
     ) -> int:
-        """One frame, with parts left out or the agentview image spoilt. Returns its stamp."""
+        """One frame, with parts left out or the agentview image spoilt, and the last gripper command if one is given.
+
+        Returns its stamp.
+        """
         stamp_ns = time.time_ns() if stamp_ns is None else stamp_ns
         stamp = time_from_ns(stamp_ns)
         if "joints" not in skip:
             self.joints.publish(joints_to_msg(joint_names, np.linspace(0.0, 0.8, len(joint_names)), stamp))
+        if gripper is not None:
+            self.gripper.publish(GripperCommand(header=Header(stamp=stamp), command=gripper))
         self.pose.publish(pose_to_msg(np.array([0.1, 0.2, 0.3]), np.array([1.0, 0.0, 0.0, 0.0]), stamp, "world"))
         for name, publisher in self.cameras.items():
             if name in skip:
@@ -251,9 +261,11 @@ class PolicyDriver(Listener):
         self.episodes: list[tuple[float, EpisodeStatus]] = []
         self.descriptions: list[tuple[float, RobotDescriptionMsg]] = []
         self.images: list[tuple[float, Image]] = []
+        self.grippers: list[tuple[float, GripperCommand]] = []
         node = self.node
         self.actions = node.create_publisher(ActionChunkMsg, "actions", ACTION)
         node.create_subscription(PoseStamped, "eef_pose", self.keep(self.frames), SENSOR)
+        node.create_subscription(GripperCommand, "gripper_command", self.keep(self.grippers), SENSOR)
         node.create_subscription(EpisodeStatus, "episode", self.keep(self.episodes), DIAGNOSTICS)
         node.create_subscription(Image, "camera/agentview/image", self.keep(self.images), SENSOR)
         node.create_subscription(RobotDescriptionMsg, "robot_description", self.keep(self.descriptions), LATCHED)

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import typer
 from driver import SensorDriver
+from steer_msgs.msg import EpisodeStatus
 from typer.testing import CliRunner
 
 from ros_nodes.cli import register
 from ros_nodes.client import SteeringClient
+from ros_nodes.qos import STATUS
+from ros_nodes.status import Executed, RobotStatus, status_to_msg
 from steer_runtime.errors import SteerError
+from steer_runtime.types import SteeringStamp
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +66,15 @@ def test_axis_takes_a_negative_number(steer, client: SteeringClient) -> None:
     client.wait_state(lambda s: any(a.commanded == -0.5 for a in s.active))
 
 
+def test_pub_sends_denoising_steps_and_refuses_what_is_no_range(steer) -> None:
+    code, output = steer("pub", "slow", "0.5", "--steps", "0:3")
+    assert code == 1
+    assert "bad_steps" in output
+    for text in ("3", "a:b", "-1:2", "1:2:3"):
+        with pytest.raises(SteerError, match="expected A:B"):
+            steer("pub", "slow", "0.5", "--steps", text)
+
+
 def test_refused_command_exits_with_1_and_says_why(steer) -> None:
     code, output = steer("pub", "slwo", "0.5")
     assert code == 1
@@ -78,6 +91,26 @@ def test_state_shows_what_is_active_and_counted(steer, client: SteeringClient) -
         assert word in output
     told = json.loads(steer("state", "--json")[1])
     assert told["active"][0]["target"] == "slow"
+    assert told["robot"] is None
+
+
+def test_state_names_chunk_and_steering_of_the_robots_last_step(steer, driver: SensorDriver) -> None:
+    episode = driver.node.create_publisher(EpisodeStatus, "episode", STATUS)
+    try:
+        last = Executed("", 7, 3, SteeringStamp(5, 6), 2)
+        status = RobotStatus(9, driver.session, "pick", 1, 40, False, False, "free", 3, 4, last, {"late_chunk": 2})
+        episode.publish(status_to_msg(status))
+        output = " ".join(steer("state")[1].split())
+        for words in (
+            "row 3 of chunk 7, made under epoch 5, sequence 6, 2 steps after its frame",
+            "3 steps held, 4 rows trimmed as late",
+            "free, episode 2, control step 40",
+            "robot: late_chunk",
+        ):
+            assert words in output
+        assert json.loads(steer("state", "--json")[1])["robot"]["last"]["row"] == 3
+    finally:
+        driver.node.destroy_publisher(episode)
 
 
 def test_clear_all_clears(steer, client: SteeringClient) -> None:

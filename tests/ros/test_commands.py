@@ -159,6 +159,22 @@ def test_text_that_is_no_command_is_refused_at_once(
     assert client.next_state().active == ()
 
 
+@pytest.mark.parametrize("form", ["typed", "json"])
+def test_steps_of_a_policy_that_does_not_denoise_are_refused(
+    client: SteeringClient, driver: SensorDriver, form: str
+) -> None:
+    sent = command(client, steps=(0, 3))
+    if form == "typed":
+        client.send(sent)
+    else:
+        driver.wait(driver.json.get_subscription_count, what="the node's JSON subscription")
+        driver.json.publish(String(data=command_to_json(sent)))
+    verdict = client.wait_verdict(sent, timeout=10.0)
+    assert (verdict.accepted, verdict.code) == (False, "bad_steps")
+    assert "no denoising steps: the policy has none" in verdict.sentence
+    assert client.next_state().active == ()
+
+
 def test_json_command_is_accepted_like_a_typed_one(client: SteeringClient, driver: SensorDriver) -> None:
     sent = command(client, strength=0.25, span=frozenset(["text"]))
     driver.json.publish(String(data=command_to_json(sent)))

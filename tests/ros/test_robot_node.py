@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,11 @@ def test_each_answer_moves_it_exactly_one_step(policy_side: PolicyDriver) -> Non
 
 def test_a_chunk_is_executed_whole_and_shows_one_frame(policy_side: PolicyDriver) -> None:
     start, step, frames = x(policy_side), policy_side.status().step, len(policy_side.frames)
-    assert step_to(policy_side, np.repeat(FORWARD, 4, axis=0)) == pytest.approx(start + 0.20)
+    assert step_to(policy_side, np.repeat(FORWARD, 4, axis=0), inference_id=9) == pytest.approx(start + 0.20)
     policy_side.wait(lambda: policy_side.status().step == step + 4)
     assert len(policy_side.frames) == frames + 1
+    last = policy_side.status()
+    assert (last.held, last.inference_id, last.row, last.delay_steps) == ("", 9, 3, 0)
 
 
 def refused_as(driver: PolicyDriver, code: str, action: np.ndarray, **chunk: Any) -> None:
@@ -111,6 +114,7 @@ def test_without_an_answer_it_holds_with_its_gripper_and_goes_on_later(policy_si
     policy_side.wait(lambda: policy_side.status().step > 0)
     held = policy_side.status().hold_steps
     policy_side.wait(lambda: policy_side.status().hold_steps > held, 5.0, "a hold")
+    assert policy_side.status().held == "no answer"
     assert x(policy_side) == pytest.approx(start)
     assert step_to(policy_side, FORWARD) == pytest.approx(start + 0.05)
 
@@ -157,6 +161,34 @@ def test_free_running_robot_asks_every_few_steps_and_executes_each_row_at_its_ow
         driver.wait(lambda: driver.counters().get("late_chunk", 0) > refused_as_late, what="a refusal")
 
 
+def test_status_of_a_free_running_robot_names_the_chunk_of_every_step(third_domain: int) -> None:
+    with PolicyDriver(third_domain) as driver, robot(third_domain, mode="free", rate_hz=10.0, replan_steps=3):
+        driver.description()
+        # Early in an episode of 40 steps, with a frame that will not be shown again for ten.
+        driver.wait(lambda: driver.frames and 2 <= driver.status().step < 15, what="steps before any chunk")
+        assert driver.status().held == "nothing yet"
+        assert driver.moved_on(driver.frames[-1][1].header.stamp, 10.0), "the next frame did not come"
+        ramp = np.zeros((6, 7), np.float32)
+        ramp[:, 0] = 0.01 * np.arange(6)
+        stamp = driver.frames[-1][1].header.stamp
+        shown = driver.status().step
+        # Late on purpose: rows whose step is over must be trimmed, and counted.
+        driver.wait(lambda: driver.status().step >= shown + 2, what="two steps more")
+        driver.act(ramp, stamp_ns=ns_from_time(stamp), inference_id=41, steering_epoch=7, steering_sequence=8)
+        first = driver.wait(
+            lambda: next((m for _, m in driver.episodes if m.inference_id == 41), None), what="a step of the chunk"
+        )
+        driver.wait(lambda: driver.status().held == "used up", what="the end of the chunk")
+        mine = [m for _, m in driver.episodes if m.inference_id == 41]
+        assert [m.row for m in mine] == list(range(first.row, 6))
+        assert first.delay_steps == first.row == first.trimmed_rows >= 2
+        assert {(m.steering_epoch, m.steering_sequence, m.delay_steps) for m in mine} == {(7, 8, first.delay_steps)}
+        assert {(m.inference_id, m.row) for _, m in driver.episodes if m.held} == {(0, 0)}
+        moved = [b.step - a.step for a, b in pairwise(mine)]
+        assert moved == [1] * (len(mine) - 1)
+        driver.wait(lambda: driver.counters().get("queue_trimmed_rows") == first.row, what="the count of trimmed rows")
+
+
 def test_an_accepted_command_flushes_what_waits(third_domain: int) -> None:
     from steer_msgs.msg import SteeringVerdict
 
@@ -178,6 +210,7 @@ def test_an_accepted_command_flushes_what_waits(third_domain: int) -> None:
         accepted = Verdict(True, "accepted", "", "a", 1, 1, SteeringStamp(0, 2), 1.0)
         verdicts.publish(verdict_to_msg(accepted, time.time_ns()))
         driver.wait(lambda: driver.status().hold_steps > held, what="a hold")
+        assert driver.status().held == "flushed"
         driver.wait(lambda: len(driver.frames) > frames, what="the frame that the next chunk is made from")
 
 
