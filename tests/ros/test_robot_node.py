@@ -172,8 +172,8 @@ def test_status_of_a_free_running_robot_names_the_chunk_of_every_step(third_doma
         ramp[:, 0] = 0.01 * np.arange(6)
         stamp = driver.frames[-1][1].header.stamp
         shown = driver.status().step
-        # Late on purpose: rows whose step is over must be trimmed, and counted.
-        driver.wait(lambda: driver.status().step >= shown + 2, what="two steps more")
+        # Late on purpose: rows whose step is over must be trimmed, and counted. (The status of the frame comes after it.)
+        driver.wait(lambda: driver.status().step >= shown + 3, what="steps after the frame")
         driver.act(ramp, stamp_ns=ns_from_time(stamp), inference_id=41, steering_epoch=7, steering_sequence=8)
         first = driver.wait(
             lambda: next((m for _, m in driver.episodes if m.inference_id == 41), None), what="a step of the chunk"
