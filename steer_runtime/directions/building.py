@@ -6,6 +6,8 @@ untouched, and one that has changed takes the place of the one it was.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +28,8 @@ MAX_BYTES = 1 << 20
 class Entry(BaseModel):
     """One direction, or with `axis` both ends of one and the axis that joins them (NAME-negative, NAME-positive, NAME).
 
-    tower: where it is found, default the catalog's.
+    tower: where it is found, default the catalog's. sweep: option -> values to try; the entry stands for one of each
+    combination (`variants`), to choose from by what they do (`directions.choosing`).
     options: of the finder (see `directions.options`). op, alpha, low, span, max_strength, licence: as in Recipe.
     """
 
@@ -37,12 +40,28 @@ class Entry(BaseModel):
     tower: str = ""
     axis: bool = False
     options: Mapping[str, Any] = Field(default_factory=dict)
+    sweep: Mapping[str, tuple[Any, ...]] = Field(default_factory=dict)
     op: Operation | None = None
     alpha: float | None = None
     low: float | None = None
     span: tuple[Role, ...] | None = None
     max_strength: float = 1.0
     licence: str = NO_LICENCE
+
+    @property
+    def variants(self) -> dict[str, Entry]:
+        """Entries without a sweep by name: NAME.OPTIONvalue for every swept option; NAME itself where nothing is swept."""
+        out = {}
+        for values in itertools.product(*self.sweep.values()):
+            told = dict(zip(self.sweep, values, strict=True))
+            name = self.name + "".join(f".{option.replace('_', '')}{_short(value)}" for option, value in told.items())
+            out[name] = self.model_copy(update={"name": name, "options": {**self.options, **told}, "sweep": {}})
+        return out
+
+
+def _short(value: Any) -> str:
+    """A swept value as part of a name."""
+    return re.sub(r"[^a-z0-9.]+", "-", str(value).lower()).strip("-")
 
 
 class CatalogFile(BaseModel):
@@ -85,7 +104,8 @@ def read_catalog(path: Path) -> CatalogFile:
     if twice:
         raise SteerError("bad_catalog", f"{path.name} has two entries {twice[0]!r}: give each its own name")
     for entry in catalog.entries:
-        entry_options(entry)
+        for variant in entry.variants.values():
+            entry_options(variant)
     return catalog
 
 
@@ -118,9 +138,10 @@ def build(
     """
     from steer_runtime.directions import finders
 
-    for index, entry in enumerate(catalog.entries):
+    entries = [variant for entry in catalog.entries for variant in entry.variants.values()]
+    for index, entry in enumerate(entries):
         if on_entry is not None:
-            on_entry(index, len(catalog.entries), entry.name)
+            on_entry(index, len(entries), entry.name)
         recipe = finders.Recipe(
             name=entry.name,
             date=date,

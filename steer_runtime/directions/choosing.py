@@ -1,0 +1,146 @@
+"""Which variant of a swept catalog entry to keep, by what each did on moments that are not the ones it is judged on.
+
+Rule: over variants and strengths, the largest mean over an entry's ends of (on-axis effect - damage), both in standard
+deviations of the unsteered policy as `score_summary` has them. What is added is linear in strength, so the chosen strength
+becomes a factor of the direction: strength 1 is then what was chosen.
+
+Invariant: an entry is chosen whole, one variant and one strength for both ends of an axis.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from steer_runtime.directions.building import CatalogFile, Entry
+from steer_runtime.directions.files import write_atomically
+from steer_runtime.directions.score_page import SCHEMA
+from steer_runtime.errors import SteerError
+
+MAX_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of an entry. variant: the entry that is kept, without a sweep; strength: at which it did best.
+
+    net, on, damage: means over its ends there. tried: variant -> its best net. scaled: whether the strength is a factor.
+    """
+
+    entry: Entry
+    variant: Entry
+    strength: float
+    net: float
+    on: float
+    damage: float
+    tried: Mapping[str, float]
+    scaled: bool
+
+    @property
+    def kept(self) -> Entry:
+        """The variant under the entry's own name, sized so that strength 1 is what was chosen."""
+        factor = self.strength if self.scaled else 1.0
+        alpha = (
+            self.variant.alpha
+            if factor == 1.0
+            else factor * (1.0 if self.variant.alpha is None else self.variant.alpha)
+        )
+        return self.variant.model_copy(update={"name": self.entry.name, "alpha": alpha})
+
+
+def read_score(path: Path) -> dict[str, Any]:
+    """The document of `steer directions score`. Raises SteerError: 'no_score', 'torn_file'."""
+    if not path.is_file():
+        raise SteerError("no_score", f"there is no score {path}: make one with `steer directions score`")
+    if path.stat().st_size > MAX_BYTES:
+        raise SteerError("torn_file", f"{path} is larger than {MAX_BYTES} bytes: expected a score.json")
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SteerError("torn_file", f"{path} is not JSON ({str(error)[:80]})") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise SteerError("torn_file", f"{path} is no score of this version: expected schema {SCHEMA}")
+    return document
+
+
+def choose(catalog: CatalogFile, document: Mapping[str, Any], reading: str = "executed") -> list[Choice]:
+    """A choice for every entry. Raises SteerError('not_scored') for a variant that the score does not have, and for an
+    entry whose name claims nothing."""
+    names = {h: str(card["name"]) for h, card in document["directions"].items()}
+    points = {names[s["hash"]]: s["points"] for s in document["readings"][reading]["scores"]}
+    forms = {str(card["name"]): (card["form"], card["op"]) for card in document["directions"].values()}
+    return [_choice(entry, points, forms) for entry in catalog.entries]
+
+
+def _choice(
+    entry: Entry, points: Mapping[str, Sequence[Mapping[str, Any]]], forms: Mapping[str, tuple[str, str]]
+) -> Choice:
+    best: tuple[float, str, float, float, float] | None = None
+    tried: dict[str, float] = {}
+    for name in entry.variants:
+        ends = [f"{name}-negative", f"{name}-positive"] if entry.axis else [name]
+        missing = [end for end in ends if end not in points]
+        if missing:
+            raise SteerError(
+                "not_scored",
+                f"the score has no direction {missing[0]!r} of entry {entry.name!r}: build and score it first",
+            )
+        by_strength: dict[float, list[tuple[float, float]]] = {}
+        for point in (p for end in ends for p in points[end]):
+            if point["strength"] > 0 and point["on"] is not None:
+                by_strength.setdefault(point["strength"], []).append((point["on"], point["damage"]))
+        # A strength at which an end was refused is no strength for the axis.
+        whole = {s: np.mean(told, axis=0) for s, told in by_strength.items() if len(told) == len(ends)}
+        if not whole:
+            raise SteerError(
+                "not_scored",
+                f"direction {ends[0]!r} claims nothing that was scored: give the entry a name that does, or score with --on",
+            )
+        nets = {s: float(on - damage) for s, (on, damage) in whole.items()}
+        strength = max(nets, key=lambda s: (nets[s], -s))
+        tried[name] = nets[strength]
+        if best is None or nets[strength] > best[0]:
+            best = (nets[strength], name, strength, float(whole[strength][0]), float(whole[strength][1]))
+    assert best is not None
+    net, name, strength, on, damage = best
+    form, op = forms[f"{name}-positive" if entry.axis else name]
+    linear = form == "dense" or op == "add"
+    return Choice(entry, entry.variants[name], strength, net, on, damage, tried, linear)
+
+
+def save(catalog: CatalogFile, choices: Sequence[Choice], document: Mapping[str, Any], path: Path) -> Path:
+    """Write a catalog of what was chosen, without sweeps, with how it was chosen above it. Raises SteerError('not_written')."""
+    moments = document["moments"]
+    lines = [
+        f"# Chosen on {moments['used']} moments of {moments['episodes']} episodes ({moments['file']}): for each entry the variant",
+        "# and strength with the largest on-axis effect less damage (standard deviations, mean over the ends of an axis).",
+        "# What is added has the chosen strength in its alpha.",
+        *(
+            f"#   {c.entry.name}: {c.variant.name} at {c.strength:g}, on-axis {c.on:+.2f}, damage {c.damage:.2f}; "
+            f"{len(c.tried)} tried, {min(c.tried.values()):+.2f} to {max(c.tried.values()):+.2f}"
+            for c in choices
+        ),
+    ]
+    body = {
+        "format": catalog.format,
+        "policy": catalog.policy,
+        "entries": [
+            {
+                k: v
+                for k, v in c.kept.model_copy(update={"tower": c.kept.tower or catalog.tower})
+                .model_dump(mode="json", exclude_defaults=True)
+                .items()
+                if v != ""
+            }
+            for c in choices
+        ],
+    }
+    text = "\n".join(lines) + "\n" + yaml.safe_dump(body, sort_keys=False, width=120)
+    write_atomically(path, text.encode())
+    return path
