@@ -15,7 +15,6 @@ from sim.benchmark import load_module
 from sim.demonstrations import as_seen
 from sim.expert import Decision
 from sim.scene import Scene, Snapshot
-from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import ActionChunk, Observation, Policy
 
 CAMERA_SIZE = 256
@@ -83,8 +82,9 @@ def observation_of(scene: Scene, instruction: str, size: int, step: int = 0) -> 
 
 def tell_gripper(policy: Policy, command: float) -> None:
     """Let a policy that remembers its last gripper command (-1 open, +1 close) know one that it did not give itself."""
-    if isinstance(policy, OpenVLAPolicy):
-        policy.told_gripper(command)
+    tell = getattr(policy, "told_gripper", None)
+    if tell is not None:
+        tell(command)
 
 
 class SharedActor:

@@ -6,7 +6,6 @@ to that file and named in the configuration; so frozen layers and embeddings cos
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +24,7 @@ from steer_runtime.policies.openvla.checkpoint import load_checkpoint, save_chec
 from steer_runtime.policies.openvla.config import LMConfig, OpenVLAConfig, Slot
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.pocket import smollm2_base
+from steer_runtime.policies.shards import weights_digest
 
 SHARD_BYTES = 40_000_000
 """Files of a shipped checkpoint stay under 45 MB."""
@@ -119,12 +119,9 @@ def go_on(model: OpenVLAModel, start: Path, suite: str) -> tuple[str, dict[str, 
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
-    digest = hashlib.sha256()
-    for path in sorted(start.glob("*.safetensors")):
-        digest.update(path.read_bytes())
     known = read_statistics(start, there.config, suite)
     action = {"q01": list(known.q01), "q99": list(known.q99), "mask": list(known.mask)}
-    return digest.hexdigest(), {suite: {"action": action}}
+    return weights_digest(start), {suite: {"action": action}}
 
 
 @torch.no_grad()

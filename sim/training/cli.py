@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sim.training.settings import Common, VisionTraining
+    from sim.training.demonstration_data import DemonstrationData
+    from sim.training.settings import Common, ExpertTraining, PolicyTraining, VisionTraining
     from sim.training.trainer import Result, Subject
+    from sim.training.vision_weights import TowerFile
 
-app = typer.Typer(name="train", help="Train the pocket policy: vision, then actions.", no_args_is_help=True)
+app = typer.Typer(name="train", help="Train the pocket policies: vision, then actions.", no_args_is_help=True)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A file of configs/training/.")]
 Data = Annotated[Path, typer.Option(help="Directory that the recordings of the file are in.")]
@@ -59,7 +61,6 @@ def policy(
 ) -> None:
     """Teach a policy to act. Interrupt it at any moment; the same command resumes."""
     from sim.training.assembly import assemble, go_on, write_policy
-    from sim.training.demonstration_data import DemonstrationData, load_demonstrations
     from sim.training.distillation import kept, teach
     from sim.training.policy import PolicySubject
     from sim.training.settings import PolicyTraining, read_settings
@@ -74,20 +75,7 @@ def policy(
     if finished.exists():
         raise SteerError("exists", f"{finished} exists already: remove it or train under another name")
 
-    def load(folders: tuple[Path, ...]) -> DemonstrationData:
-        with _counting("episodes") as tick:
-            return load_demonstrations(
-                [data / f for f in folders],
-                tower.heat.classes,
-                settings.chunk,
-                tower.tower,
-                tower.digest,
-                out / "seen",
-                tick,
-            )
-
-    learnt = load(settings.demonstrations)
-    held_out = {"held_out": load(settings.held_out)} if settings.held_out else {}
+    learnt, held_out = _demonstrations(settings, tower, data, out)
     source, tokenizer = load_smollm2(find_gguf())
     with_action_tokens(tokenizer)
     model = assemble(settings, tower, tokenizer)
@@ -101,7 +89,6 @@ def policy(
         path = out / f"teaching-{settings.seed}-{spec.texts}-{spec.length}-{spec.top}.safetensors"
         with _counting("texts that SmolLM2 writes") as tick:
             teaching = kept(path, partial(teach, source, spec, settings.seed, model.config.lm.bos_token_id, tick))
-    typer.echo(f"samples: train {len(learnt)}, " + ", ".join(f"{k} {len(v)}" for k, v in held_out.items()), err=True)
     base = model.config.base
     origin["smollm2_sha256"] = base.sha256 if base else ""
     subject = PolicySubject(settings, model, tokenizer, learnt, held_out, teaching=teaching, origin=origin, table=table)
@@ -109,6 +96,57 @@ def policy(
     if result.finished:
         card = _card(settings, subject, result, {"samples": len(learnt), "episodes": int(learnt.episode.max()) + 1})
         typer.echo(write_policy(subject.net.settle(), finished, subject.table, card, tokenizer=tokenizer))
+
+
+@app.command(epilog="Examples:  steer train expert configs/training/expert-libero-object.yaml --data /data/steer")
+def expert(
+    config: Config, data: Data = Path("out/data"), out: Out = Path("out/train"), minutes: Minutes = None
+) -> None:
+    """Teach Pi0's action expert on a trained policy's language model. Interrupt it at any moment; the same command resumes."""
+    import torch
+
+    from sim.training.expert import ExpertSubject
+    from sim.training.pi0_assembly import around, write_pi0
+    from sim.training.settings import ExpertTraining, read_settings
+    from sim.training.vision_weights import tower_of
+    from steer_runtime.errors import SteerError
+    from steer_runtime.policies.openvla.checkpoint import load_checkpoint
+    from steer_runtime.policies.pocket import find_gguf, load_smollm2
+    from steer_runtime.policies.shards import weights_digest
+
+    settings = read_settings(config, ExpertTraining)
+    source = (config.parent / settings.prefix).resolve()
+    folder = out / settings.name
+    finished = folder / "policy"
+    if finished.exists():
+        raise SteerError("exists", f"{finished} exists already: remove it or train under another name")
+    openvla, _ = load_checkpoint(source, dtype=torch.float32)
+    network = around(openvla, settings)
+    origin = {"prefix_sha256": weights_digest(source)}
+    learnt, held_out = _demonstrations(settings, tower_of(openvla, origin["prefix_sha256"]), data, out)
+    _, tokenizer = load_smollm2(find_gguf())
+    subject = ExpertSubject(settings, network, tokenizer, learnt, held_out, origin=origin)
+    result = _run(settings, subject, folder, minutes)
+    if result.finished:
+        card = _card(settings, subject, result, {"samples": len(learnt), "episodes": int(learnt.episode.max()) + 1})
+        typer.echo(write_pi0(network, finished, subject.table, card, tokenizer=tokenizer))
+
+
+def _demonstrations(
+    settings: PolicyTraining | ExpertTraining, tower: TowerFile, data: Path, out: Path
+) -> tuple[DemonstrationData, dict[str, DemonstrationData]]:
+    """What is learnt from and what is held out, as the tower sees it."""
+    from sim.training.demonstration_data import load_demonstrations
+
+    def load(folders: tuple[Path, ...]) -> DemonstrationData:
+        paths, seen = [data / folder for folder in folders], out / "seen"
+        with _counting("episodes") as tick:
+            return load_demonstrations(paths, tower.heat.classes, settings.chunk, tower.tower, tower.digest, seen, tick)
+
+    learnt = load(settings.demonstrations)
+    held_out = {"held_out": load(settings.held_out)} if settings.held_out else {}
+    typer.echo(f"samples: train {len(learnt)}, " + ", ".join(f"{k} {len(v)}" for k, v in held_out.items()), err=True)
+    return learnt, held_out
 
 
 @app.command(epilog="Examples:  steer train plot out/train/vision-libero-object")

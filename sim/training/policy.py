@@ -20,11 +20,11 @@ from sim.manner import CONCEPTS, SLOTS, Manner
 from sim.training.demonstration_data import DemonstrationData, normalised, statistics
 from sim.training.distillation import Teaching, distillation_loss
 from sim.training.low_rank import adapt, merge
+from sim.training.samples import further_labels, look, others, worded
 from sim.training.settings import PolicyTraining
 from sim.training.trainer import Order
-from sim.wordings import instruction_for
 from steer_runtime.directions.comparison import label_survival
-from steer_runtime.policies.objects.heatmap import PARTS, geometry
+from steer_runtime.policies.objects.heatmap import PARTS
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import prompt_text
@@ -32,10 +32,6 @@ from steer_runtime.policies.openvla.policy import prompt_text
 _SCORED = 256
 """Held-out samples that a validation scores, spread evenly."""
 _ACTION = 7
-_OUTLIER = 0.05
-"""Standard deviation of a badly seen object's position, m."""
-_TURN = 0.15
-"""Standard deviation of a seen object's turn, rad."""
 
 
 class Branch(NamedTuple):
@@ -219,9 +215,9 @@ class PolicySubject:
         states = states + s.state_noise * encoder.scale * torch.randn_like(states)
         # The gripper command is a sign; noise would only teach to ignore it.
         states[:, -1] = data.states[indices, -1]
-        seen = self._look(indices)
+        seen = look(data, indices, s.seen_share, s.sight_noise)
         branches = [self._branch("train", indices, None)]
-        branches += [self._branch("train", indices, chosen) for chosen in self._others(indices, s.others)]
+        branches += [self._branch("train", indices, chosen) for chosen in others(data, indices, s.others)]
         found = self.net(seen, states, [branch for branch, _ in branches], s.embedding_noise)
         actions = [
             action_loss(logits, branch.targets, s.smoothing, s.gripper_weight, s.value_weight)
@@ -292,19 +288,6 @@ class PolicySubject:
         unchanged = len(self._down_before) - len(shares)
         return (sum(shares) + unchanged) / len(self._down_before)
 
-    def _look(self, indices: Tensor) -> Tensor:
-        """What the policy is shown: the tower's view, or the exact one with errors like the tower's."""
-        data, s = self._parts["train"], self._settings
-        exact, seen = data.exact[indices], data.seen[indices]
-        blurred = disturbed(exact, s.sight_noise)
-        use = (torch.rand(len(indices)) < s.seen_share) & ~seen.isnan().flatten(1).any(1)
-        return torch.where(use[:, None, None], seen.nan_to_num(), blurred)
-
-    def _others(self, indices: Tensor, count: int) -> list[Tensor]:
-        """count times int64 [B]: different further labels of each sample."""
-        order = torch.rand(len(indices), self._parts["train"].other_spoken.shape[1]).argsort(1)
-        return [order[:, i % order.shape[1]] for i in range(count)]
-
     def _branch(
         self, name: str, indices: Tensor, chosen: Tensor | None, tell: float | None = None
     ) -> tuple[Branch, Tensor]:
@@ -315,23 +298,17 @@ class PolicySubject:
         data, tell = self._parts[name], self._settings.tell if tell is None else tell
         spoken, manners, targets = data.spoken[indices], data.manners[indices], self._rows[name][indices].flatten(1)
         if chosen is not None:
-            chosen = chosen % data.other_spoken.shape[1]
-            other = data.other_spoken[indices, chosen]
-            there = other >= 0
-            spoken = torch.where(there, other, spoken)
-            manners = torch.where(there[:, None], data.other_manners[indices, chosen], manners)
-            targets = torch.where(there[:, None], self._other_rows[name][indices, chosen], targets[:, :_ACTION])
+            further = further_labels(data, indices, chosen)
+            spoken, manners = further.spoken, further.manners
+            rows = self._other_rows[name][indices, further.column]
+            targets = torch.where(further.there[:, None], rows, targets[:, :_ACTION])
         told = torch.rand(len(indices), len(SLOTS)) < tell
         prompts = [self._prompt(name, int(t), m, d) for t, m, d in zip(spoken, manners, told, strict=True)]
         return Branch(prompts, manners, targets), told
 
     def _prompt(self, name: str, spoken: int, manner: Tensor, told: Tensor) -> list[int]:
         """Ids of an instruction in a wording that says the told slots of the manner."""
-        plain = astuple(Manner())
-        levels = [int(m) if bool(t) else p for m, t, p in zip(manner, told, plain, strict=True)]
-        seed = int(torch.randint(2**31, ()))
-        words = instruction_for(self._parts[name].instructions[spoken], Manner(*levels).concepts(), seed)
-        text = prompt_text(self.net.model.config, words)
+        text = prompt_text(self.net.model.config, worded(self._parts[name].instructions[spoken], manner, told))
         return [self._bos, *self._tokenizer.encode(text, add_special_tokens=False)]
 
     def _targets(self, actions: Tensor) -> Tensor:
@@ -402,40 +379,6 @@ def _mentioned(manners: Tensor, told: Tensor) -> Tensor:
     """bool [B, slots]: whether the prompt says this slot: it is told, and the word is one that prompts can say."""
     sayable = [torch.tensor([i in CONCEPTS[slot] for i in range(len(words))]) for slot, words in SLOTS.items()]
     return torch.stack([can[manners[:, i]] for i, can in enumerate(sayable)], 1) & told
-
-
-def disturbed(exact: Tensor, size: float) -> Tensor:
-    """Geometry [B, C, GEOMETRY] with errors as a tower makes them; size: of a position, m, one object in 25 far worse."""
-    place, position, present, wrist_place, wrist_present, turn, wrist_turn = exact.split(PARTS, -1)
-    bad = (torch.rand_like(present) < 0.04).float()
-    spread = size + bad * _OUTLIER
-    flip = (torch.rand_like(wrist_present) < 0.04).float()
-    close = (wrist_present - flip).abs()
-    close = (close + 0.1 * torch.randn_like(close)).clamp(0, 1)
-    # A fifth of the picture's width is about 0.2 m on the ground.
-    return geometry(
-        place + spread * torch.randn_like(place),
-        position + spread * torch.randn_like(position) * torch.tensor([1.0, 1.0, 0.7]),
-        present[..., 0],
-        wrist_place + 2 * size * torch.randn_like(wrist_place),
-        close[..., 0],
-        _turned(turn, _TURN),
-        _turned(wrist_turn, _TURN / 2),
-    )
-
-
-def _turned(bearings: Tensor, size: float) -> Tensor:
-    """Bearings [..., 4] off by an angle of standard deviation `size`, rad; the less sure, the smaller."""
-    double, fourfold = bearings.split(2, -1)
-    off = size * torch.randn_like(double[..., :1])
-    sure = torch.rand_like(off)
-    return sure * torch.cat((_rotated(double, 2 * off), _rotated(fourfold, 4 * off)), -1)
-
-
-def _rotated(pair: Tensor, angle: Tensor) -> Tensor:
-    """(cos a, sin a) [..., 2] turned by angle [..., 1]."""
-    x, y = pair.split(1, -1)
-    return torch.cat((angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y), -1)
 
 
 @torch.no_grad()

@@ -157,6 +157,36 @@ class PolicyTraining(Common):
         return lm
 
 
+class ExpertTraining(Common):
+    """`kind: expert`: Pi0's action expert on a frozen prefix (knowledge insulation, Driess et al. 2025, arXiv 2505.23705).
+
+    demonstrations, held_out: recordings of `steer data record`, below the data directory. prefix: a finished pocket
+    OpenVLA, beside this file or absolute; its language model, vision and projector become the prefix. width, neurons:
+    d_model and d_ff of the expert. begin: its layers are random, or the prefix's own (of whose width it then is). chunk: actions of one inference. draws: noises of a prompt in a step. others, tell,
+    seen_share, sight_noise, state_noise: as for a policy. gripper_weight: of the gripper in the loss; other_weight: of
+    further labels.
+    """
+
+    kind: Literal["expert"]
+    demonstrations: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    prefix: Path
+    suite: str = "libero_object"
+    begin: Literal["random", "prefix"] = "random"
+    width: Annotated[int, Field(ge=2, multiple_of=2)] = 320
+    neurons: Positive = 1280
+    chunk: Positive = 10
+    euler_steps: Positive = 10
+    draws: Positive = 4
+    others: Annotated[int, Field(ge=0)] = 2
+    tell: Share = 1.0
+    seen_share: Share = 0.9
+    sight_noise: Weight = 0.006
+    state_noise: Weight = 0.02
+    gripper_weight: Weight = 1.0
+    other_weight: Weight = 1.0
+
+
 Settings = TypeVar("Settings", bound=Common)
 
 

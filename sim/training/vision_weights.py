@@ -20,6 +20,7 @@ from sim.demonstrations import write_atomically
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.objects.config import HeatmapConfig
 from steer_runtime.policies.objects.heatmap import HeatmapTower
+from steer_runtime.policies.openvla.model import OpenVLAModel
 
 WEIGHTS, CARD = "vision.safetensors", "card.json"
 _ROOT = "vision_backbone.heatmap."
@@ -75,3 +76,13 @@ def load_tower(folder: Path) -> TowerFile:
             "missing_weights", f"{folder / WEIGHTS} does not fill the tower of its card: {error}"
         ) from None
     return TowerFile(tower.eval(), config, size, card, digest)
+
+
+def tower_of(policy: OpenVLAModel, digest: str) -> TowerFile:
+    """The tower that a loaded policy sees with; digest: of the policy. Raises SteerError('other_checkpoint')."""
+    heat = policy.config.heatmap
+    if heat is None:
+        raise SteerError(
+            "other_checkpoint", f"{policy.config.name!r} does not see objects: give a trained pocket policy"
+        )
+    return TowerFile(policy.heatmap, heat, policy.config.image_size, {}, digest)

@@ -91,6 +91,12 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def checkpoint_of(config: Path | str) -> Path:
+    """Folder of a policy's weights, whether it is there or not; config and errors as `load_policy`."""
+    path = config_file(config)
+    return (path.parent / read_policy_file(path).checkpoint.expanduser()).resolve()
+
+
 def load_policy(
     config: Path | str,
     *,
@@ -105,9 +111,9 @@ def load_policy(
     checkpoint has to be built or the load left tensors aside (default: stderr).
     Raises SteerError: unknown_policy, bad_policy_config, and all of `load_checkpoint`.
     """
-    path = _resolve(config)
+    path = config_file(config)
     spec = read_policy_file(path)
-    directory = checkpoint or (path.parent / spec.checkpoint.expanduser()).resolve()
+    directory = checkpoint or checkpoint_of(path)
     if not directory.exists() and spec.build is not None and checkpoint is None:
         progress(
             f"building the untrained pocket policy in {directory} (layers {list(spec.build.layers)}, under a minute)"
@@ -188,7 +194,8 @@ def read_policy_file(path: Path) -> PolicyFile:
         ) from None
 
 
-def _resolve(config: Path | str) -> Path:
+def config_file(config: Path | str) -> Path:
+    """YAML of a policy; config and errors as `load_policy`."""
     path = Path(config)
     if path.suffix in {".yaml", ".yml"}:
         if path.is_file():

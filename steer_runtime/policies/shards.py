@@ -5,6 +5,7 @@ Invariant: only safetensors are read, so nothing is executed; a directory that i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -153,6 +154,14 @@ def write_shards(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weights_digest(directory: Path) -> str:
+    """sha256 hex of the safetensors files of a directory, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:

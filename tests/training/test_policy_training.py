@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +10,22 @@ import numpy as np
 import pytest
 import torch
 from fabricated import demonstrations_folder
+from tiny_pocket import HEAT, SLOT_WORDS, stop_at, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sim.manner import SLOTS
 from sim.training import trainer
-from sim.training.assembly import PROMPT, go_on, initialise, write_policy
+from sim.training.assembly import go_on, write_policy
 from sim.training.demonstration_data import DemonstrationData, load_demonstrations, statistics
 from sim.training.distillation import distillation_loss, kept, teach
 from sim.training.low_rank import adapt, merge
-from sim.training.policy import Branch, PolicyNet, PolicySubject, action_loss, disturbed, word_loss, word_weights
+from sim.training.policy import Branch, PolicyNet, PolicySubject, action_loss, word_loss, word_weights
+from sim.training.samples import disturbed
 from sim.training.settings import Distillation, PolicyTraining
 from steer_runtime.errors import SteerError
-from steer_runtime.policies.objects.config import HeatmapConfig
 from steer_runtime.policies.openvla.actions import ActionTokenizer, select_statistics
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint
-from steer_runtime.policies.openvla.config import LMConfig, Slot
-from steer_runtime.policies.openvla.model import OpenVLAModel
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
-
-HEAT = HeatmapConfig(classes=("soup", "basket", "milk"), hidden=64, blocks=1, heads=2)
-SLOT_WORDS = tuple(
-    Slot(name, words, tuple(range(at, at + len(words))))
-    for (name, words), at in zip(SLOTS.items(), (40, 46, 50), strict=True)
-)
 
 
 def settings(**changes: object) -> PolicyTraining:
@@ -45,20 +35,6 @@ def settings(**changes: object) -> PolicyTraining:
         "checkpoint_every": 2, "embedding_noise": 0.05, "language_model": {"layers": (0, 1, 2), "rate": 1.0},
     }  # fmt: skip
     return PolicyTraining(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def tiny_model(parallel: bool = True) -> OpenVLAModel:
-    lm = LMConfig(vocab_rows=384, d_model=32, d_ff=64, layers=3, heads=4, kv_heads=2, tied=True)
-    config = fabricate.tiny_config(
-        dino=None, siglip=None, heatmap=HEAT, lm=lm, image_size=64, state_tokens=2, chunk=2, trained=True,
-        names=((6,), (8,), (7,)), slots=SLOT_WORDS, parallel=parallel, prompt=PROMPT,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = OpenVLAModel(config)
-    # The size of a trained model's word embeddings, relative to its width.
-    nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.3)
-    initialise(model)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +49,6 @@ def run(data: DemonstrationData, folder: Path, **options: Any) -> tuple[PolicySu
     chosen = settings(**options)
     subject = PolicySubject(chosen, tiny_model(), fabricate.tiny_tokenizer(), data, {"same": data}, teaching=teaching)
     return subject, trainer.train(chosen, subject, folder, on_step=on_step)
-
-
-def stop_at(step: int):  # type: ignore[no-untyped-def]
-    def on_step(progress: trainer.Progress) -> None:
-        if progress.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return on_step
 
 
 def test_samples_hold_the_expert_chunk_and_the_last_gripper_command(data: DemonstrationData) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from steer_runtime.policies.objects.heatmap import GEOMETRY, PARTS
 from steer_runtime.policies.objects.proprioception import GAIN, STATE_SIZE
 
+NAMED_OBJECTS = 2
+"""Objects that every instruction of a pick-and-place task names: what to take and where to put it."""
 _KIND = 32
 _WIDTH = 512
 _FAR, _NEAR = 0.1, 0.02

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.policies.objects.image import camera_values
 from steer_runtime.policies.objects.proprioception import OPEN, state_vector
-from steer_runtime.policies.objects.tokens import named
+from steer_runtime.policies.objects.tokens import NAMED_OBJECTS, named
 from steer_runtime.policies.openvla.actions import ActionTokenizer, Statistics, libero_gripper, read_statistics
 from steer_runtime.policies.openvla.checkpoint import load_checkpoint
 from steer_runtime.policies.openvla.config import OpenVLAConfig
@@ -30,8 +30,6 @@ from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
 TOWER = "lm"
-_NAMED = 2
-"""Objects that every instruction of a pick-and-place task names: what to take and where to put it."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ class OpenVLAPolicy:
         places = [slot.ids.index(word) for slot, word in zip(self.config.slots, decoded.said, strict=True)]
         self.said = tuple(slot.words[at] for slot, at in zip(self.config.slots, places, strict=True))
         if self.config.names:
-            notes["unknown_object"] = float(self._objects_named(observation.instruction) < _NAMED)
+            notes["unknown_object"] = float(self._objects_named(observation.instruction) < NAMED_OBJECTS)
         notes |= {f"said_{slot.name}": float(at) for slot, at in zip(self.config.slots, places, strict=True)}
         return ActionChunk(
             actions=actions.astype(np.float32),

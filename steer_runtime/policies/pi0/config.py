@@ -14,6 +14,7 @@ from typing import Any
 
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.base import BaseConfig
+from steer_runtime.policies.objects.config import HeatmapConfig
 
 GELU = "gelu_pytorch_tanh"
 
@@ -50,6 +51,33 @@ class SiglipSize:
 
 
 @dataclass(frozen=True)
+class ObjectSight:
+    """The pocket policies' sight in place of SigLIP: two cameras, a token an object class, then tokens of proprioception.
+
+    image: side of a picture in pixels. names: token ids of each class's name; where one ends in the text, its object's
+    token is added. prompt: text around the instruction, which is put in lower case.
+    The prefix is BOS, objects, state, text, each attending to what is before it, as its language model was trained.
+    """
+
+    heatmap: HeatmapConfig
+    image: int
+    names: tuple[tuple[int, ...], ...]
+    state_tokens: int = 1
+    prompt: str = "{instruction}\nOut:"
+
+    def problems(self) -> list[str]:
+        """What does not fit together."""
+        problems = self.heatmap.problems(self.image)
+        if len(self.names) != len(self.heatmap.classes) or not all(self.names):
+            problems.append(f"{len(self.names)} names for {len(self.heatmap.classes)} object classes")
+        if self.state_tokens < 1:
+            problems.append("objects are told from the hand: state_tokens must be at least 1")
+        if self.prompt.count("{instruction}") != 1:
+            problems.append(f"prompt {self.prompt[:60]!r} does not hold {{instruction}} once")
+        return problems
+
+
+@dataclass(frozen=True)
 class Pi0Config:
     """Architecture and token conventions (Black et al. 2024, arXiv 2410.24164; openpi; LeRobot).
 
@@ -58,13 +86,15 @@ class Pi0Config:
     chunk: actions of one inference. state_dim, action_dim: padded sizes. euler_steps: denoising steps of one inference.
     max_prompt_tokens: text with BOS and line end. max_cameras: pictures of one observation. action_steps: rows of a
     chunk that are handed on, None for all (LeRobot: n_action_steps). min_period, max_period: of the time embedding.
-    base: a published file that holds part of the prefix. trained: False for random weights.
+    vision: SigLIP as published, or objects in its place. base: a published file that holds part of the prefix.
+    trained: False for random weights.
     """
 
     prefix: GemmaSize
     expert: GemmaSize
-    vision: SiglipSize
+    vision: SiglipSize | None
     vocab: int
+    objects: ObjectSight | None = None
     rope_theta: float = 10000.0
     bos_token_id: int = 2
     chunk: int = 50
@@ -96,7 +126,13 @@ class Pi0Config:
         if self.expert.d_model % 2:
             problems.append(f"expert d_model {self.expert.d_model} is odd, and half of it is the time's sines")
         vision = self.vision
-        if vision.image % vision.patch or vision.hidden % vision.heads:
+        if (vision is None) == (self.objects is None):
+            problems.append("the vision is neither SigLIP nor objects, or both")
+        if self.objects is not None:
+            problems += self.objects.problems()
+            if self.max_cameras != 2:
+                problems.append(f"max_cameras is {self.max_cameras}: objects are seen with 2")
+        if vision is not None and (vision.image % vision.patch or vision.hidden % vision.heads):
             problems.append(f"vision image {vision.image}, patch {vision.patch}, heads {vision.heads} do not divide")
         for name in ("chunk", "state_dim", "action_dim", "euler_steps", "max_prompt_tokens", "max_cameras", "vocab"):
             if getattr(self, name) < 1:
@@ -116,8 +152,16 @@ class Pi0Config:
         return self.vocab
 
     @property
+    def state_token_id(self) -> int:
+        """Stands for a token of proprioception in the ids of a prompt; only where `objects` has them."""
+        return self.vocab + 1
+
+    @property
     def prefix_tokens(self) -> int:
-        """Longest prefix: the patches of every camera, then the text."""
+        """Longest prefix: the patches of every camera, or objects and proprioception, and the text."""
+        if self.objects is not None:
+            return len(self.objects.heatmap.classes) + self.objects.state_tokens + self.max_prompt_tokens
+        assert self.vision is not None
         return self.max_cameras * self.vision.patches + self.max_prompt_tokens
 
     @property
@@ -216,6 +260,15 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> Pi0Config:
             values[name] = GemmaSize(**ours.pop(name))
     if "vision" in ours:
         values["vision"] = SiglipSize(**ours.pop("vision"))
+    if "objects" in ours:
+        sight = dict(ours.pop("objects"))
+        heat = dict(sight.pop("heatmap"))
+        values["vision"] = None
+        values["objects"] = ObjectSight(
+            heatmap=HeatmapConfig(classes=tuple(str(c) for c in heat.pop("classes")), **heat),
+            names=tuple(tuple(int(i) for i in ids) for ids in sight.pop("names")),
+            **sight,
+        )
     if ours.get("base") is not None:
         base = dict(ours.pop("base"))
         numbers, names = tuple(int(i) for i in base.pop("layers")), tuple(str(t) for t in base.pop("tensors"))
@@ -226,9 +279,8 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> Pi0Config:
 def emit_config(config: Pi0Config) -> dict[str, Any]:
     """Content of `config.json`: LeRobot's fields, and a section `steer_runtime` for what they cannot say."""
     own = ("vocab", "rope_theta", "bos_token_id", "max_cameras", "trained", "name")
-    parts = {name: asdict(getattr(config, name)) for name in ("prefix", "expert", "vision")}
-    if config.base is not None:
-        parts["base"] = asdict(config.base)
+    sections = ("prefix", "expert", "vision", "objects", "base")
+    parts = {name: asdict(part) for name in sections if (part := getattr(config, name)) is not None}
     return {
         "type": "pi0",
         "chunk_size": config.chunk,

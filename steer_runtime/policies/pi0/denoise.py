@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.pi0.config import Pi0Config
 from steer_runtime.policies.pi0.network import Inputs, Pi0Network
 from steer_runtime.types import Role
 
@@ -57,7 +58,7 @@ def denoise(
     embeddings = network.embed_prefix(inputs)
     seen = clock()
     if announce is not None:
-        announce(PREFIX, prefix_roles(inputs, config.image_token_id))
+        announce(PREFIX, prefix_roles(inputs, config))
     prefix = network.read_prefix(embeddings, inputs.mask)
     read = clock()
     actions, dt = noise.float(), -1.0 / steps
@@ -73,14 +74,15 @@ def denoise(
     return Denoised(actions, dict(zip(STAGES, (seen - started, read - seen, done - read), strict=True)))
 
 
-def prefix_roles(inputs: Inputs, image_token_id: int) -> list[Role]:
+def prefix_roles(inputs: Inputs, config: Pi0Config) -> list[Role]:
     """Role of each prefix token; padding counts as text, and nobody attends to it. Raises SteerError('ragged_batch')."""
-    image = inputs.ids == image_token_id
+    image = inputs.ids == config.image_token_id
     if len(image) > 1 and not bool((image == image[:1]).all()):
         raise SteerError(
             "ragged_batch", "samples with different cameras cannot be steered in one batch: run them one by one"
         )
-    return ["image" if here else "text" for here in image[0].tolist()]
+    names: dict[int, Role] = {config.image_token_id: "image", config.state_token_id: "state"}
+    return [names.get(token, "text") for token in inputs.ids[0].tolist()]
 
 
 def _check(inputs: Inputs, noise: Tensor, shape: tuple[int, int, int]) -> None:

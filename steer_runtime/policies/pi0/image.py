@@ -38,6 +38,14 @@ def camera_images(images: Mapping[str, np.ndarray], cameras: Sequence[str], size
 
     Raises SteerError: 'missing_camera', 'bad_image'.
     """
+    require_cameras(images, cameras)
+    for camera in cameras:
+        require_image(images[camera], camera)
+    return torch.stack([padded(images[camera], size) for camera in cameras])
+
+
+def require_cameras(images: Mapping[str, np.ndarray], cameras: Sequence[str]) -> None:
+    """Raises SteerError('missing_camera') when an image is not there."""
     missing = [camera for camera in cameras if camera not in images]
     if missing:
         raise SteerError(
@@ -45,9 +53,6 @@ def camera_images(images: Mapping[str, np.ndarray], cameras: Sequence[str], size
             f"the observation has {len(images)} images and none of camera {missing[0]!r}: expected {len(cameras)} cameras, "
             f"{', '.join(cameras)}; {nearest(missing[0], images)}",
         )
-    for camera in cameras:
-        require_image(images[camera], camera)
-    return torch.stack([padded(images[camera], size) for camera in cameras])
 
 
 def ragged(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

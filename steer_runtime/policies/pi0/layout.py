@@ -27,6 +27,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"paligemma_with_expert\.gemma_expert\.model\.", "pi0.model.dit."),
         (r"(state_proj|action_in_proj|action_time_mlp_in|action_time_mlp_out)\.", r"pi0.embed_action_time.\1."),
         (r"action_out_proj\.", "pi0.action_out_proj."),
+        (r"objects\.", "objects."),
     )
 )
 NEVER_READ = re.compile(
@@ -58,6 +59,7 @@ def published_of(parameter: str) -> str:
         ("pi0.model.vlm.", "model.paligemma_with_expert.paligemma.model."),
         ("pi0.model.dit.", "model.paligemma_with_expert.gemma_expert.model."),
         ("pi0.embed_action_time.", "model."),
+        ("objects.", "model.objects."),
         ("pi0.", "model."),
     ):
         if parameter.startswith(ours):

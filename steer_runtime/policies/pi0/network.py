@@ -14,7 +14,10 @@ from transformers import DynamicCache, PI0Config, PI0ForConditionalGeneration
 from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding
 from transformers.models.pi0.modeling_pi0 import PI0TimestepEmbeddings
 
-from steer_runtime.policies.pi0.config import GemmaSize, Pi0Config
+from steer_runtime.policies.objects.heatmap import HeatmapTower
+from steer_runtime.policies.objects.proprioception import StateEncoder
+from steer_runtime.policies.objects.tokens import ObjectProjector, named
+from steer_runtime.policies.pi0.config import GemmaSize, ObjectSight, Pi0Config, SiglipSize
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Inputs:
 
     ids int64 [B, P]: image tokens (config.image_token_id), then text, then padding; mask bool [B, P]: no padding.
     pixels [B, C, 3, S, S] in [-1, 1]; cameras bool [B, C]; state [B, state_dim], normalised and padded.
+    With objects, ids are BOS, image tokens, state tokens (config.state_token_id), the rest of the text; felt
+    [B, STATE_SIZE] is proprioception as `objects.proprioception` has it, None for SigLIP.
     """
 
     ids: Tensor
@@ -30,6 +35,7 @@ class Inputs:
     pixels: Tensor
     cameras: Tensor
     state: Tensor
+    felt: Tensor | None = None
 
 
 class PrefixCache(DynamicCache):
@@ -64,6 +70,10 @@ class Pi0Network(nn.Module):
         self.pi0 = PI0ForConditionalGeneration(transformers_config(config))
         # 263 M parameters at full size that no forward reads.
         self.pi0.model.dit.embed_tokens = None
+        if config.objects is not None:
+            self.pi0.model.vlm.vision_tower = None
+            self.pi0.model.vlm.multi_modal_projector = None
+            self.objects = ObjectEyes(config.objects, config.prefix.d_model)
         self.prefix_entry = nn.Identity()
         self.expert_entry = nn.Identity()
 
@@ -89,23 +99,42 @@ class Pi0Network(nn.Module):
                 tower.rotary_emb = GemmaRotaryEmbedding(tower.config)  # type: ignore[arg-type]
             embedding = self.language_model.embed_tokens
             embedding.embed_scale = nn.Buffer(torch.tensor(embedding.scalar_embed_scale), persistent=False)  # type: ignore[union-attr]
-            positions = torch.arange(self.config.vision.patches).expand((1, -1))
-            vision = self.pi0.model.vlm.vision_tower.embeddings
-            vision.position_ids = nn.Buffer(positions, persistent=False)
+            if self.config.vision is not None:
+                positions = torch.arange(self.config.vision.patches).expand((1, -1))
+                vision = self.pi0.model.vlm.vision_tower.embeddings
+                vision.position_ids = nn.Buffer(positions, persistent=False)
             self.pi0.embed_action_time.sinusoid_embeds = PI0TimestepEmbeddings(self.pi0.config)
 
     def embed_prefix(self, inputs: Inputs) -> Tensor:
         """Embeddings [B, P, d_model] of images and text, in the order of the ids."""
         pixels = inputs.pixels.to(self.unembedding.dtype)
-        return self.pi0.model.embed_prefix(inputs.ids, pixels, inputs.cameras)
+        if self.config.objects is None:
+            return self.pi0.model.embed_prefix(inputs.ids, pixels, inputs.cameras)
+        assert inputs.felt is not None
+        geometry = self.objects.heatmap(pixels.flatten(1, 2))
+        return self.embed_objects(inputs.ids, geometry, inputs.felt.to(pixels.dtype))
+
+    def embed_objects(self, ids: Tensor, geometry: Tensor, felt: Tensor) -> Tensor:
+        """`embed_prefix` of what the small tower sees, [B, C, GEOMETRY], and feels, [B, STATE_SIZE]."""
+        sight, config = self.config.objects, self.config
+        assert sight is not None
+        objects = self.objects.tokens(geometry, felt)
+        words = ids.masked_fill(ids >= config.vocab, 0)
+        text = self.language_model.embed_tokens(words)  # type: ignore[operator]
+        text = text + named(words.tolist(), sight.names).to(text) @ objects.to(text.dtype)
+        soft = torch.cat((objects, self.objects.state_encoder(felt)), 1).to(text.dtype)
+        return torch.cat((text[:, :1], soft, text[:, 1 + soft.shape[1] :]), 1)
 
     def read_prefix(self, embeddings: Tensor, mask: Tensor) -> Prefix:
-        """One forward of the prefix: every token attends to every other that is no padding."""
+        """One forward of the prefix: every token attends to every other that is no padding, with objects to those before."""
         tokens = mask.shape[1]
+        attends = mask[:, None, None, :].expand(-1, 1, tokens, -1)
+        if self.config.objects is not None:
+            attends = attends & torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
         cache = PrefixCache()
         self.language_model(
             inputs_embeds=self.prefix_entry(embeddings),
-            attention_mask=mask[:, None, None, :].expand(-1, 1, tokens, -1),
+            attention_mask=attends,
             position_ids=mask.cumsum(-1) - 1,
             past_key_values=cache,
             use_cache=True,
@@ -140,17 +169,36 @@ class Pi0Network(nn.Module):
         return self.pi0.action_out_proj(hidden[:, -self.config.chunk :]).float()
 
 
+class ObjectEyes(nn.Module):
+    """The small tower, and its objects and proprioception as tokens of the prefix."""
+
+    def __init__(self, sight: ObjectSight, d_model: int) -> None:
+        super().__init__()
+        self.heatmap = HeatmapTower(sight.heatmap, sight.image)
+        self.projector = ObjectProjector(len(sight.heatmap.classes), d_model)
+        self.state_encoder = StateEncoder(sight.state_tokens, d_model)
+
+    def tokens(self, geometry: Tensor, felt: Tensor) -> Tensor:
+        """Object tokens [B, C, d_model] of geometry [B, C, GEOMETRY], told from the hand of felt [B, STATE_SIZE]."""
+        return self.projector(geometry, self.state_encoder.normalise(felt), felt[:, :3])
+
+
+_UNUSED = SiglipSize(hidden=32, mlp=32, layers=1, heads=1, image=32, patch=32)
+"""transformers' class always makes a SigLIP; where objects are in its place, this one is thrown away."""
+
+
 def transformers_config(config: Pi0Config) -> PI0Config:
     """The same architecture in transformers' words."""
     prefix = _gemma(config, config.prefix)
+    siglip = config.vision or _UNUSED
     vision = {
         "model_type": "siglip_vision_model",
-        "hidden_size": config.vision.hidden,
-        "intermediate_size": config.vision.mlp,
-        "num_hidden_layers": config.vision.layers,
-        "num_attention_heads": config.vision.heads,
-        "image_size": config.vision.image,
-        "patch_size": config.vision.patch,
+        "hidden_size": siglip.hidden,
+        "intermediate_size": siglip.mlp,
+        "num_hidden_layers": siglip.layers,
+        "num_attention_heads": siglip.heads,
+        "image_size": siglip.image,
+        "patch_size": siglip.patch,
         "vision_use_head": False,
     }
     made = PI0Config(

@@ -18,9 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.objects.image import camera_values
+from steer_runtime.policies.objects.proprioception import OPEN, state_vector
+from steer_runtime.policies.objects.tokens import NAMED_OBJECTS, named
 from steer_runtime.policies.pi0.checkpoint import load_checkpoint
+from steer_runtime.policies.pi0.config import ObjectSight
 from steer_runtime.policies.pi0.denoise import EXPERT, PREFIX, Denoised, denoise
-from steer_runtime.policies.pi0.image import camera_images, ragged
+from steer_runtime.policies.pi0.image import camera_images, ragged, require_cameras
 from steer_runtime.policies.pi0.network import Inputs, Pi0Network
 from steer_runtime.policies.pi0.prompt import batch, text_ids
 from steer_runtime.policies.pi0.statistics import DELTA_DIMS, Pi0Statistics, add_state, read_statistics
@@ -29,6 +33,8 @@ from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.policies.weight_hash import hash_matrices
 from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
 
+GRIPPER = 6
+"""Row of an action that is the gripper's, above zero to close."""
 WHY_DEAD = "only keys and values leave the prefix, and those of its last layer come before that layer's FFN"
 
 
@@ -104,6 +110,8 @@ class Pi0Policy:
         self._listener: TokenRoles | None = None
         self._cancelled = threading.Event()
         self._episode = self._inference = 0
+        self._gripper = OPEN
+        self._counted = ("", 0)  # an instruction and how many known objects it names
 
     def _check(self) -> None:
         problems = []
@@ -123,6 +131,8 @@ class Pi0Policy:
             )
         if self.delta and len(self.statistics.state) < DELTA_DIMS:
             problems.append(f"delta needs a state of {DELTA_DIMS} numbers and there are {len(self.statistics.state)}")
+        if self.config.objects is not None and len(self.cameras) != 2:
+            problems.append(f"cameras are {list(self.cameras)}: a policy that sees objects needs both of its two")
         if problems:
             raise SteerError("bad_policy", "the policy does not fit together: " + "; ".join(problems))
 
@@ -212,6 +222,14 @@ class Pi0Policy:
         else:
             self._episode += 1
         self._inference = 0
+        self._gripper = OPEN
+
+    def told_gripper(self, command: float) -> None:
+        """Somebody else commanded the gripper (above zero: close), so that is now the last command.
+
+        Only a policy that sees objects feels it; published ones read the fingers alone.
+        """
+        self._gripper = 1.0 if command > 0 else OPEN
 
     def cancel(self) -> None:
         """Stop a running inference before its next denoising step; any thread. It raises SteerError('cancelled')."""
@@ -220,7 +238,8 @@ class Pi0Policy:
     def infer(self, observation: Observation, noise: Tensor | None = None) -> ActionChunk:
         """Actions float32 [action_steps, dims] in the policy's action space; noise float32 [chunk, action_dim] or drawn.
 
-        notes: seconds_<stage> of preprocess, vision, prefix, denoise.
+        notes: seconds_<stage> of preprocess, vision, prefix, denoise; with objects unknown_object, 1 where the instruction
+        names fewer than two of those it knows.
         Raises SteerError: missing_camera, bad_image, bad_instruction, bad_state, bad_noise, not_finite, cancelled.
         """
         denoised = self._denoise(observation, self.noise(self._inference) if noise is None else noise)
@@ -234,11 +253,12 @@ class Pi0Policy:
         if self.delta:
             actions = add_state(actions, observation.state)
         self._inference += 1
-        return ActionChunk(
-            actions=actions[: self.action_steps].astype(np.float32),
-            space=self.action_space,
-            notes={f"seconds_{stage}": seconds for stage, seconds in self.timings.items()},
-        )
+        notes = {f"seconds_{stage}": seconds for stage, seconds in self.timings.items()}
+        kept = actions[: self.action_steps].astype(np.float32)
+        if self.config.objects is not None:
+            notes["unknown_object"] = float(self._objects_named(observation.instruction) < NAMED_OBJECTS)
+            self.told_gripper(float(kept[-1, GRIPPER]))
+        return ActionChunk(actions=kept, space=self.action_space, notes=notes)
 
     def logits(self, observation: Observation) -> Tensor:
         """float32 [chunk, action_dim]: normalised actions from the episode's first noise.
@@ -258,15 +278,41 @@ class Pi0Policy:
 
         Raises SteerError: missing_camera, bad_image, bad_instruction, bad_state.
         """
-        named = [self.cameras] * len(observations) if cameras is None else cameras
-        size = self.config.vision.image
-        samples = [camera_images(o.images, names, size) for o, names in zip(observations, named, strict=True)]
         texts = [text_ids(self.tokenizer, self.config, o.instruction) for o in observations]
-        ids, mask = batch(self.config, texts, [len(names) for names in named])
+        device = self.unembedding.device
+        if self.config.objects is not None:
+            return Inputs(*(part.to(device) for part in self._object_inputs(self.config.objects, observations, texts)))
+        assert self.config.vision is not None
+        chosen = [self.cameras] * len(observations) if cameras is None else cameras
+        size = self.config.vision.image
+        samples = [camera_images(o.images, names, size) for o, names in zip(observations, chosen, strict=True)]
+        ids, mask = batch(self.config, texts, [len(names) for names in chosen])
         pixels, present = ragged(samples)
         state = torch.stack([self._state(o.state) for o in observations])
-        device = self.unembedding.device
         return Inputs(*(part.to(device) for part in (ids, mask, pixels, present, state)))
+
+    def _object_inputs(
+        self, sight: ObjectSight, observations: Sequence[Observation], texts: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, ...]:
+        """The fields of Inputs, in order, of a policy that sees objects: its two cameras are always both there."""
+        ids, mask = batch(self.config, texts, [len(self.cameras)] * len(observations))
+        front, wrist = self.cameras
+        pixels = []
+        for observation in observations:
+            require_cameras(observation.images, self.cameras)
+            pictures = (observation.images[front], observation.images[wrist])
+            pixels.append(camera_values(*pictures, sight.image, cameras=(front, wrist))[0].unflatten(0, (2, 3)))
+        felt = np.stack([state_vector(o.state, self._gripper) for o in observations])
+        state = torch.stack([self._state(row) for row in felt])
+        present = torch.ones(len(observations), 2, dtype=torch.bool)
+        return ids, mask, torch.stack(pixels), present, state, torch.from_numpy(felt)
+
+    def _objects_named(self, instruction: str) -> int:
+        assert self.config.objects is not None
+        if instruction != self._counted[0]:
+            found = named([text_ids(self.tokenizer, self.config, instruction)], self.config.objects.names)
+            self._counted = (instruction, int(found.any(dim=1).sum()))
+        return self._counted[1]
 
     def _state(self, state: np.ndarray) -> Tensor:
         """float32 [state_dim], normalised and padded with zeros."""

@@ -22,7 +22,10 @@ def cleaned(task: str) -> str:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerFast, config: Pi0Config, instruction: str) -> list[int]:
-    """BOS, the cleaned instruction, a line end. Raises SteerError('bad_instruction') for an empty or too long one."""
+    """BOS, the cleaned instruction, a line end; with objects the lower-case instruction in its prompt.
+
+    Raises SteerError('bad_instruction') for an empty or too long one.
+    """
     # Bound the tokenizer's work before it starts: an instruction may come from the network.
     limit = 32 * config.max_prompt_tokens
     task = cleaned(instruction)
@@ -31,7 +34,9 @@ def text_ids(tokenizer: PreTrainedTokenizerFast, config: Pi0Config, instruction:
             "bad_instruction",
             f"the instruction has {len(task)} characters: expected 1 to {limit}, not only spaces",
         )
-    ids = [config.bos_token_id, *tokenizer.encode(f"{task}\n", add_special_tokens=False)]
+    sight = config.objects
+    text = f"{task}\n" if sight is None else sight.prompt.replace("{instruction}", task.lower())
+    ids = [config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
     if len(ids) > config.max_prompt_tokens:
         raise SteerError(
             "bad_instruction",
@@ -48,11 +53,17 @@ def text_ids(tokenizer: PreTrainedTokenizerFast, config: Pi0Config, instruction:
 
 def batch(config: Pi0Config, texts: Sequence[Sequence[int]], cameras: Sequence[int]) -> tuple[Tensor, Tensor]:
     """ids int64 [B, P] and mask bool [B, P] of texts behind the image tokens of their own number of cameras."""
-    rows = [
-        [config.image_token_id] * (count * config.vision.patches) + list(text)
-        for text, count in zip(texts, cameras, strict=True)
-    ]
+    rows = [_row(config, text, count) for text, count in zip(texts, cameras, strict=True)]
     longest = max(len(row) for row in rows)
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
     mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
     return ids, mask
+
+
+def _row(config: Pi0Config, text: Sequence[int], cameras: int) -> list[int]:
+    sight = config.objects
+    if sight is not None:
+        seen = [config.image_token_id] * len(sight.heatmap.classes) + [config.state_token_id] * sight.state_tokens
+        return [text[0], *seen, *text[1:]]
+    assert config.vision is not None
+    return [config.image_token_id] * (cameras * config.vision.patches) + list(text)
