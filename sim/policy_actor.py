@@ -14,7 +14,7 @@ import numpy as np
 from sim.benchmark import load_module
 from sim.demonstrations import as_seen
 from sim.expert import Decision
-from sim.scene import Scene, Snapshot
+from sim.scene import Scene, Snapshot, TaskScene
 from steer_runtime.types import ActionChunk, Observation, Policy
 
 CAMERA_SIZE = 256
@@ -69,7 +69,7 @@ class PolicyActor:
         return observation_of(self._scene, self._instruction, self._size, self._step)
 
 
-def observation_of(scene: Scene, instruction: str, size: int, step: int = 0) -> Observation:
+def observation_of(scene: TaskScene, instruction: str, size: int, step: int = 0) -> Observation:
     """The scene's present state as policies see it, size: pixels of both sides of both cameras."""
     transform = load_module("robosuite.utils.transform_utils")
     raw = scene.proprioception()
