@@ -19,15 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from steer_runtime.directions.activations import Progress, capture
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.directions.finders.random import controls as random_controls
+from steer_runtime.directions.finders.random import pair_controls
 from steer_runtime.directions.observables import READINGS, read
 from steer_runtime.directions.store import DirectionStore
 from steer_runtime.errors import SteerError
 from steer_runtime.moments import Moment
 from steer_runtime.results import Results, results
 from steer_runtime.steering.offline import OfflineSteering
-from steer_runtime.types import Policy
+from steer_runtime.types import Policy, Role
 
 OFF = "off"
 """Key of the unsteered condition."""
@@ -108,9 +110,45 @@ def choose(store: DirectionStore, names: Sequence[str], policy: Policy) -> tuple
     return unique, [axis for axis in axes if {axis.negative, axis.positive} <= known]
 
 
-def plan(policy: Policy, directions: Sequence[Direction], strengths: Sequence[float], random: int, seed: int) -> Plan:
+Watched = Mapping[tuple[str, frozenset[Role]], Mapping[int, np.ndarray]]
+"""(tower, span) -> residual site -> float32 [moments, d_model]."""
+
+
+def watch(policy: Policy, directions: Sequence[Direction], moments: Sequence[Moment], progress: Progress) -> Watched:
+    """What the policy holds at the moments where dense directions write, for controls that are differences of it; without the
+    sites where it holds the same at all of them (the words of one instruction, as they enter).
+
+    Raises SteerError as `capture`.
+    """
+    sites: dict[tuple[str, frozenset[Role]], set[int]] = {}
+    for direction in directions:
+        if direction.dense is not None:
+            sites.setdefault((direction.tower, direction.span), set()).update(direction.dense)
+    out = {}
+    for (tower, span), wanted in sites.items():
+        inside = span & policy.towers[tower].roles
+        rows = capture(policy, tower, moments, sites=sorted(wanted), span=inside, progress=progress).residual
+        out[(tower, span)] = {site: h for site, h in rows.items() if len(np.unique(h, axis=0)) > 1}
+    return out
+
+
+def has_pairs(direction: Direction, watched: Watched) -> bool:
+    """Whether differences of what was watched can stand beside a direction: one of vectors, where moments differ."""
+    return direction.dense is not None and set(direction.dense) <= set(watched[(direction.tower, direction.span)])
+
+
+def plan(
+    policy: Policy,
+    directions: Sequence[Direction],
+    strengths: Sequence[float],
+    random: int,
+    seed: int,
+    *,
+    watched: Watched | None = None,
+) -> Plan:
     """The measurements of an experiment with `random` random controls a direction.
 
+    watched: controls are differences of it (`pair_controls`) instead of Gaussian vectors, where `has_pairs`.
     Raises SteerError: 'bad_strength', 'bad_count', 'no_directions'.
     """
     strange = [s for s in strengths if not (np.isfinite(s) and 0 <= s <= 1)]
@@ -126,7 +164,11 @@ def plan(policy: Policy, directions: Sequence[Direction], strengths: Sequence[fl
     for direction in directions:
         like = _stand_in(direction)
         tower = policy.towers[direction.tower]
-        shared[content(direction)] = tuple(random_controls(like, tower, random, seed))
+        if watched is not None and has_pairs(like, watched):
+            drawn = pair_controls(like, watched[(direction.tower, direction.span)], random, seed)
+        else:
+            drawn = random_controls(like, tower, random, seed)
+        shared[content(direction)] = tuple(drawn)
     return Plan(tuple(directions), shared, tuple(sorted(set(map(float, strengths)))))
 
 

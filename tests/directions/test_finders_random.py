@@ -7,7 +7,8 @@ import pytest
 
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.directions.finders import controls
-from steer_runtime.directions.finders.random import write_norm
+from steer_runtime.directions.finders.random import pair_controls, write_norm
+from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
 
@@ -69,3 +70,32 @@ def test_a_seed_decides_the_draws_and_more_draws_leave_them(tiny_policy: OpenVLA
     three = [c.hash for c in controls(direction, tower, 3, seed=1)]
     assert [c.hash for c in controls(direction, tower, 5, seed=1)][:3] == three
     assert not set(three) & {c.hash for c in controls(direction, tower, 3, seed=2)}
+
+
+def test_pairs_are_differences_between_two_moments_of_the_norm_of_each_site(tiny_policy: OpenVLAPolicy) -> None:
+    width = tiny_policy.towers["lm"].d_model
+    direction = made(tiny_policy, dense={0: np.ones(width, np.float32), 3: np.full(width, 5.0, np.float32)}, op="add")
+    rows = {site: np.random.default_rng(site).standard_normal((6, width)) for site in (0, 3)}
+    found = pair_controls(direction, rows, 5, seed=1)
+    assert len({c.hash for c in found}) == 5
+    for control in found:
+        first, second = control.provenance["pair"]
+        assert first != second
+        for site, vector in (direction.dense or {}).items():
+            step = rows[site][first] - rows[site][second]
+            wanted = step * np.linalg.norm(vector) / np.linalg.norm(step)
+            np.testing.assert_allclose((control.dense or {})[site], wanted, rtol=1e-5, atol=1e-6)
+    assert [c.hash for c in pair_controls(direction, rows, 3, seed=1)] == [c.hash for c in found[:3]]
+
+
+def test_pairs_need_a_vector_and_two_different_moments(tiny_policy: OpenVLAPolicy) -> None:
+    width = tiny_policy.towers["lm"].d_model
+    dense = made(tiny_policy, dense={0: np.ones(width, np.float32)}, op="add")
+    for direction, rows, code in (
+        (made(tiny_policy, neurons=neurons()), {}, "bad_operation"),
+        (dense, {0: np.ones((1, width))}, "bad_count"),
+        (dense, {0: np.ones((4, width))}, "bad_count"),
+    ):
+        with pytest.raises(SteerError) as caught:
+            pair_controls(direction, rows, 1, seed=0)
+        assert caught.value.code == code

@@ -119,6 +119,26 @@ def test_the_attributed_direction_has_the_claimed_effect(folder: Path, scored: R
         assert on[f"height-attribution.site3-{end}"] > 0
 
 
+def test_controls_may_be_what_the_policy_itself_holds(folder: Path, scored: Result) -> None:
+    result = score(folder, "store", "pairs", "--random", "2", "--controls", "pairs", "--no-page")
+    # The moments share one instruction, so its words enter alike.
+    assert "controls are Gaussian: height-word-negative, height-word-positive" in result.output
+    documents = [json.loads((folder / out / "score.json").read_text()) for out in ("scored", "pairs")]
+    assert [d["controls"] for d in documents] == ["gaussian", "pairs"]
+    mine, theirs = (
+        {s["hash"]: s["points"][1]["effects"]["speed"] for s in d["readings"]["executed"]["scores"]} for d in documents
+    )
+    assert {h: e["value"] for h, e in mine.items()} == {h: e["value"] for h, e in theirs.items()}
+    names = {h: card["name"] for h, card in documents[0]["directions"].items()}
+    same = {names[h] for h in mine if mine[h]["controls"][:2] == theirs[h]["controls"]}
+    assert same == {"height-word-negative", "height-word-positive"}
+    bad = CliRunner().invoke(
+        app, ["score", "--all", "--controls", "twins", "--moments", str(folder / "m.safetensors"), "--out", str(folder)]
+    )
+    assert isinstance(bad.exception, SteerError)
+    assert "expected gaussian or pairs" in str(bad.exception)
+
+
 def test_what_is_chosen_is_the_best_variant_at_its_best_strength(folder: Path, scored: Result) -> None:
     catalog, document = read_catalog(folder / "sweep.yaml"), read_score(folder / "scored" / "score.json")
     names = {h: card["name"] for h, card in document["directions"].items()}

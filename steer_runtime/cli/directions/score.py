@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from steer_runtime.directions.score_summary import Effect, Score, Summary
 
 app = typer.Typer()
+CONTROLS = ("gaussian", "pairs")
 
 
 @app.command(
@@ -47,6 +48,13 @@ def score(
     ] = False,
     strengths: Annotated[str, typer.Option(help="Strengths in 0 to 1.")] = "0.25,0.5,0.75,1",
     random: Annotated[int, typer.Option(min=0, help="Random controls for each direction.")] = 20,
+    controls: Annotated[
+        str,
+        typer.Option(
+            help="Controls of dense directions: gaussian, or pairs (differences of what the policy holds at two of the moments: "
+            "harder, they stay among what occurs). Neurons have other neurons of their layers."
+        ),
+    ] = "gaussian",
     on: Annotated[
         str,
         typer.Option(help="What all of them claim to move, such as speed, dz or -height; default: by axis or name."),
@@ -84,6 +92,8 @@ def score(
         raise SteerError("bad_option", "expected either names of directions and axes, or --all")
     if reading not in READINGS:
         raise SteerError("bad_option", f"--reading {reading[:40]!r} is unknown: expected {' or '.join(READINGS)}")
+    if controls not in CONTROLS:
+        raise SteerError("bad_option", f"--controls {controls[:40]!r} is unknown: expected {' or '.join(CONTROLS)}")
     claim = parse_on(on) if on else None
     wanted_strengths = _parse_strengths(strengths)
     recorded, _ = load_moments(moments)
@@ -91,7 +101,14 @@ def score(
     chosen = [recorded[i] for i in used]
     loaded = load(policy)
     directions, axes = scoring.choose(DirectionStore(store), names or [], loaded)
-    plan = scoring.plan(loaded, directions, wanted_strengths, random, seed)
+    watched = None
+    if controls == "pairs":
+        with progress_bar("watching the policy") as progress:
+            watched = scoring.watch(loaded, directions, chosen, progress)
+        without = [d.name for d in directions if d.dense is not None and not scoring.has_pairs(d, watched)]
+        if without:
+            say(f"all moments are alike where these write, so their controls are Gaussian: {', '.join(without)}")
+    plan = scoring.plan(loaded, directions, wanted_strengths, random, seed, watched=watched)
     with scoring.measurements(out / "measurements.jsonl", loaded, moments, used) as measured:
         missing = sum(c.key not in measured.rows for c in plan.conditions)
         say(
@@ -115,6 +132,7 @@ def score(
             "phases": sorted({m.phase for m in chosen}),
         },
         "random": random,
+        "controls": controls,
         "seed": seed,
         "strengths": list(plan.strengths),
         "reading": reading,

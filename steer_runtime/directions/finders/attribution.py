@@ -63,7 +63,8 @@ def find(material: Material, recipe: Recipe, options: AttributionOptions) -> Dir
     dense = options.form == "dense"
     site = chosen_site(material, options.site)
     layers = () if dense else chosen_layers(material, options.layers)
-    sites = (site,) if dense else ()
+    # One backward pass tells all sites, and a catalog may ask for each.
+    sites = tuple(material.tower.steerable_sites) if dense else ()
     of = observable(material.policy, options.observable)
     span = span_of(material, recipe)
     moments = material.moments(options.moments)

@@ -6,6 +6,7 @@ Invariant: a control has the direction's form, layers or sites, span and operati
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from steer_runtime.errors import SteerError
 from steer_runtime.types import Tower
 
 _SALT = 0xC0_47_01
+_PAIR_SALT = 0xC0_47_02
 
 
 def controls(direction: Direction, tower: Tower, count: int, seed: int) -> list[Direction]:
@@ -35,6 +37,39 @@ def controls(direction: Direction, tower: Tower, count: int, seed: int) -> list[
         raise SteerError("bad_count", f"{count} controls were asked for: expected 0 or more")
     direction.require_fits(tower, direction.model_hash)
     return [_control(direction, tower, seed, index) for index in range(count)]
+
+
+def pair_controls(direction: Direction, rows: Mapping[int, np.ndarray], count: int, seed: int) -> list[Direction]:
+    """As `controls` of a dense direction, from what the policy itself holds: v' = ||v|| (h_i - h_j) / ||h_i - h_j|| at each
+    site, (i, j) a random pair of moments, the same at all sites. Such a write stays among the activations that occur, which a
+    Gaussian one does not, so it is the harder control.
+
+    rows: site -> h float [moments, d_model] in the direction's span. Raises SteerError: 'bad_count' for fewer than two moments
+    or moments that are all alike, 'bad_operation' for neurons.
+    """
+    if direction.dense is None:
+        raise SteerError("bad_operation", f"direction {direction.id!r} writes neurons: pairs are controls of vectors")
+    drawn = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, _PAIR_SALT, index])
+        made = {}
+        moments = len(next(iter(rows.values())))
+        pairs = [(i, j) for i in range(moments) for j in range(moments) if _apart(rows, direction.dense, i, j)]
+        if not pairs:
+            raise SteerError("bad_count", "controls of pairs need moments that differ: give two or more")
+        first, second = pairs[int(rng.integers(len(pairs)))]
+        for site, vector in direction.dense.items():
+            step = rows[site][first].astype(np.float64) - rows[site][second].astype(np.float64)
+            size = float(np.linalg.norm(step))
+            made[site] = (step * (float(np.linalg.norm(vector.astype(np.float64))) / size)).astype(np.float32)
+        facts = {**_provenance(direction, seed, index), "pair": [first, second]}
+        name = f"pair-{direction.hash[:12]}-{index}"
+        drawn.append(replace(direction, name=name, dense=made, proven=False, calibrated=None, provenance=facts))
+    return drawn
+
+
+def _apart(rows: Mapping[int, np.ndarray], sites: Iterable[int], first: int, second: int) -> bool:
+    return all(not np.array_equal(rows[site][first], rows[site][second]) for site in sites)
 
 
 def find(material: Material, recipe: Recipe, options: RandomOptions) -> Direction:
@@ -68,14 +103,13 @@ def _control(direction: Direction, tower: Tower, seed: int, index: int) -> Direc
         else {site: _gaussian(direction.dense[site], rng) for site in sorted(direction.dense)},
         proven=False,
         calibrated=None,
-        provenance={
-            **{k: v for k, v in direction.provenance.items() if k in ("policy", "policy_trained", "date", "versions")},
-            "finder": "random",
-            "control_of": direction.id,
-            "seed": seed,
-            "draw": index,
-        },
+        provenance=_provenance(direction, seed, index),
     )
+
+
+def _provenance(direction: Direction, seed: int, index: int) -> dict[str, object]:
+    kept = {k: v for k, v in direction.provenance.items() if k in ("policy", "policy_trained", "date", "versions")}
+    return {**kept, "finder": "random", "control_of": direction.id, "seed": seed, "draw": index}
 
 
 def _gaussian(vector: np.ndarray, rng: np.random.Generator) -> np.ndarray:
