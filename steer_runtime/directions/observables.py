@@ -132,22 +132,22 @@ def claim_of(direction: Direction, axes: Iterable[Axis] = ()) -> Claim | None:
     An axis counts when a word of its name is one of AXES. A name whose words claim different things claims nothing.
     """
     for axis in axes:
-        kind = _claimed(axis.name)
+        kind = claimed_axis(axis.name)
         if kind is not None and direction.name in (axis.negative, axis.positive):
             end = 1.0 if direction.name == axis.positive else -1.0
             return _claim(kind[0], end * kind[1], f"end of axis {axis.name}")
-    told = _claimed(direction.name)
+    told = claimed_axis(direction.name)
     if told is not None:
         return _claim(*told, "its name")
-    kind = _claimed(str(direction.provenance.get("axis", "")))
+    kind = claimed_axis(str(direction.provenance.get("axis", "")))
     if kind is not None:
         flipped = -1.0 if direction.provenance.get("end") in _NEGATIVE else 1.0
         return _claim(kind[0], flipped * kind[1], "its provenance")
     return None
 
 
-def _claimed(name: str) -> tuple[str, float] | None:
-    """(axis, end) that the words of a name agree on; an end ("slow") beats the bare axis ("speed") beside it."""
+def claimed_axis(name: str) -> tuple[str, float] | None:
+    """(axis, end) that the words of a name agree on, None where they do not; an end ("slow") beats the bare axis ("speed") beside it."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     told = {_ENDS[word] for word in words if word in _ENDS}
     kinds = {axis for axis, _ in told}
