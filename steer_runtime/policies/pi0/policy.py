@@ -92,7 +92,7 @@ class Pi0Policy:
                 firings_per_inference=1,
                 last_steerable=prefix.layers - 2,
                 why_dead=WHY_DEAD,
-                roles=frozenset({"image", "text"}),
+                roles=frozenset({"image", "text", *(("state",) if config.objects is not None else ())}),  # type: ignore[arg-type]
             ),
             EXPERT: Tower(
                 name=EXPERT,
