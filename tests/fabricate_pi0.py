@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from steer_runtime.directions.direction import Direction, Neurons, Operation
+from steer_runtime.policies.objects.config import HeatmapConfig
+from steer_runtime.policies.objects.proprioception import STATE_SIZE
 from steer_runtime.policies.pi0.checkpoint import save_checkpoint
-from steer_runtime.policies.pi0.config import GemmaSize, Pi0Config, SiglipSize
+from steer_runtime.policies.pi0.config import GemmaSize, ObjectSight, Pi0Config, SiglipSize
 from steer_runtime.policies.pi0.network import Pi0Network
 from steer_runtime.policies.pi0.policy import Pi0Policy
 from steer_runtime.policies.pi0.statistics import Normal, Pi0Statistics
@@ -41,6 +43,33 @@ def tiny_config(**changes: object) -> Pi0Config:
         "name": "tiny-pi0",
     }
     return Pi0Config(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def _ids(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    tokenizer = fabricate.tiny_tokenizer()
+    return tuple(tuple(tokenizer.encode(word, add_special_tokens=False)) for word in words)
+
+
+def object_config(**changes: object) -> Pi0Config:
+    """`tiny_config` that sees three objects with two cameras of 64 pixels and feels with two tokens."""
+    heat = HeatmapConfig(classes=("soup", "basket", "object"), hidden=64, blocks=1, heads=2)
+    sight = ObjectSight(heat, 64, names=_ids(heat.classes), state_tokens=2)
+    values: dict[str, object] = {
+        "vision": None,
+        "objects": sight,
+        "max_cameras": 2,
+        "state_dim": STATE_SIZE,
+        "action_dim": 7,
+    }
+    return tiny_config(**{**values, **changes})
+
+
+def object_policy(**options: object) -> Pi0Policy:
+    """A random Pi0 that sees objects."""
+    statistics = Pi0Statistics(
+        Normal((0.1,) * STATE_SIZE, (0.5,) * STATE_SIZE), tiny_statistics().action, 1e-6, 1e-6, "test"
+    )
+    return Pi0Policy(tiny_network(object_config()), fabricate.tiny_tokenizer(), statistics, **options)  # type: ignore[arg-type]
 
 
 def tiny_network(config: Pi0Config | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pi0Network:
