@@ -24,8 +24,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(MESSAGES) scripts/system_packag
 	@source $(BIN)/activate && PIP_CONSTRAINT=$(CURDIR)/constraints.txt ros_nodes/steer_msgs/build.sh
 	@touch $@
 
-demo: setup ## One steered LIBERO episode over ROS 2, then a report: out/demo/report.html
-	$(BIN)/steer demo
+POLICY ?= openvla
+
+demo: setup ## One steered LIBERO episode over ROS 2, then a report: out/demo/report.html (POLICY=pi0: of a Pi0)
+	$(BIN)/steer demo --policy $(POLICY)
 
 reach: setup ## What the shipped policy can do, every row measured again (two hours): out/eval
 	$(BIN)/steer eval success pocket-libero --layouts official

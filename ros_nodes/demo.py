@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ros_nodes.demo_config import AxisSpec, CommandSpec, DemoConfig, DirectionSpec, default_config, read_config
+from ros_nodes.demo_config import CommandSpec, DemoConfig, choose, read_config
 from ros_nodes.domain import free_domain
 from steer_runtime.errors import SteerError
 
@@ -44,22 +43,27 @@ EXIT_NOT_APPLIED = 1
 
 def demo(
     config: Annotated[
-        Path | None, typer.Option(help="Demo file; default: configs/demo.yaml, without its policy demo-untrained.yaml.")
+        Path | None,
+        typer.Option(help="Demo file; default: configs/demo.yaml, of untrained policies demo-untrained.yaml."),
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="Another policy than the demo file's.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="openvla or pi0 (the pocket policy of that kind), a name of configs/policies, or a YAML file."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report, the record and the logs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Control steps of the episode.", min=2, max=1000)] = None,
 ) -> None:
     """Steer one real LIBERO episode over ROS 2 and write the evidence to report.html; exit code 1 if a command failed.
 
-    Examples:  steer demo  ·  steer demo --out /tmp/demo  ·  steer demo --config configs/demo-untrained.yaml
+    Examples:  steer demo  ·  steer demo --policy pi0  ·  steer demo --config configs/demo-untrained.yaml --out /tmp/demo
     """
-    chosen = config or default_config()
-    wanted = read_config(chosen)
-    given = (("out", out), ("steps", steps), ("policy", policy))
+    file, name = choose(config, policy)
+    given = (("out", out), ("steps", steps), ("policy", name))
     changes = {key: value for key, value in given if value is not None}
-    print(f"demo of {policy or wanted.policy} ({chosen})", file=sys.stderr)
-    report, faults = run_demo(wanted.changed(changes))
+    print(f"demo of {name} ({file})", file=sys.stderr)
+    report, faults = run_demo(read_config(file).changed(changes))
     print(f"report: {report}")
     if faults:
         print(f"the demo failed: {'; '.join(faults)}", file=sys.stderr)
@@ -158,7 +162,7 @@ class _Run:
             children.stop("robot")
         shown = self._shown(recorder)
         conditions = _conditions(sent)
-        count = 2 * min(self.config.observations, len(shown)) * (1 + len(conditions))
+        count = min(self.config.observations, len(shown)) * (1 + len(conditions))
         with self.stages.stage("replaying without and with steering", count) as advance:
             replay = self._replay(policy, directions, axes, recorder, shown, conditions, advance)
         with self.stages.stage("drawing the report"):
@@ -185,28 +189,12 @@ class _Run:
         return load_policy(self.config.policy)
 
     def _make_directions(self, policy: Any) -> tuple[tuple[Direction, ...], tuple[Axis, ...]]:
-        from steer_runtime.directions.direction import Axis
-        from steer_runtime.directions.store import DirectionStore
-        from steer_runtime.directions.token_basis import LabelCache, TokenBasis
+        from ros_nodes.demo_directions import demo_directions, save_afresh
+        from steer_runtime.policies.registry import checkpoint_of
 
-        # Only files of this run's own store, by their form: an earlier run may have found the same names elsewhere.
-        for pattern in ("*@*.safetensors", "*@*.json", "*.axis.json"):
-            for old in self.store.glob(pattern):
-                old.unlink()
-        labels = None
-        if any(spec.words for spec in self.config.directions):
-            cache = LabelCache(self.config.labels, notice=lambda sentence: print(sentence, file=sys.stderr))
-            labels = cache.labels(TokenBasis.of(policy), policy.towers["lm"], policy.model_hash)
-        store = DirectionStore(self.store)
-        found = [_find(spec, policy, labels) for spec in self.config.directions]
-        for spec in self.config.axes:
-            found += _ends(spec, policy) if spec.form is not None else ()
-        directions = tuple(found)
-        axes = tuple(Axis(spec.name, *_end_names(spec)) for spec in self.config.axes)
-        for direction in directions:
-            store.save(direction)
-        for axis in axes:
-            store.save_axis(axis)
+        shipped = checkpoint_of(self.config.policy) / "directions"
+        directions, axes = demo_directions(self.config, policy, shipped)
+        save_afresh(self.store, directions, axes)
         return directions, axes
 
     def _start_policy(self, children: Children, directions: Sequence[Direction]) -> None:
@@ -296,10 +284,7 @@ class _Run:
 
         chosen = _spread(len(shown), self.config.observations)
         observations = [recorder.observations[recorder.actions[shown[i]].observation_ns] for i in chosen]
-        # The gripper begins open, and a chunk leaves it as its last action commands.
-        before = [policy.action_space.gripper_open] + [float(chunk[-1, 6]) for chunk in recorder.chunks]
-        grippers = [before[shown[i]] for i in chosen]
-        return chosen, before_after(policy, directions, axes, observations, grippers, conditions, advance)
+        return chosen, before_after(policy, directions, axes, observations, conditions, advance)
 
     def _record(
         self,
@@ -368,54 +353,6 @@ class _Run:
         )
 
 
-def _find(spec: DirectionSpec, policy: Any, labels: Any) -> Direction:
-    from steer_runtime.directions import finders
-    from steer_runtime.directions.token_basis import TokenBasis, TowerIdentity
-
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    facts = {"policy": policy.name, "policy_trained": bool(policy.trained)}
-    recipe = finders.Recipe(name=spec.name, date=today, facts=facts)
-    if spec.words:
-        return finders.from_words(labels, recipe, spec.words, against=spec.against)
-    embedding = policy.model.language_model.get_input_embeddings().weight
-    identity = TowerIdentity.of(policy.towers["lm"], policy.model_hash)
-    return finders.dense_from_words(
-        identity, recipe, TokenBasis.of(policy), spec.dense, spec.minus, embedding=embedding
-    )
-
-
-def _end_names(spec: AxisSpec) -> tuple[str, str]:
-    """Names of the negative and the positive direction of an axis."""
-    return (spec.negative, spec.positive) if spec.form is None else (f"{spec.name}-negative", f"{spec.name}-positive")
-
-
-def _ends(spec: AxisSpec, policy: Any) -> tuple[Direction, Direction]:
-    """Both directions of an axis, as `steer eval axis` makes them."""
-    from sim.evaluation import axis_directions as making
-
-    assert spec.form is not None
-    wanted = making.AxisSpec(
-        name=spec.words or spec.name,
-        form=spec.form,
-        span=making.span_of(spec.span, spec.form),
-        layers=spec.layers,
-        count=spec.count,
-        alpha=spec.alpha,
-        site=spec.site,
-        size=spec.norm,
-    )
-    basis = making.basis_of(policy, wanted.name)
-    (draw,) = making.make(policy, wanted, basis, 0, 0)
-    positive, negative = basis.used["positive"], basis.used["negative"]
-    out = []
-    for name, direction, words in zip(
-        _end_names(spec), (draw.negative, draw.positive), ((negative, positive), (positive, negative)), strict=True
-    ):
-        facts = {**direction.provenance, "positive": list(words[0]), "negative": list(words[1])}
-        out.append(replace(direction, name=name, provenance=facts))
-    return out[0], out[1]
-
-
 def _is_due(spec: CommandSpec, recorder: Recorder) -> bool:
     begin = 0 if spec.since == "start" else recorder.grasped_at
     return begin is not None and recorder.commanded >= begin + spec.at
@@ -479,7 +416,9 @@ def _steered_by(direction: Direction) -> Any:
     from sim.episode import SteeredBy
 
     found = direction.provenance
-    words = [*found.get("words", ()), *found.get("positive", ())]
+    options = {**found, **found.get("options", {})}
+    words = [*options.get("words", ()), *options.get("positive", ())]
+    unwanted = [*options.get("against", ()), *options.get("negative", ())]
     return SteeredBy(
         name=direction.name,
         id=direction.id,
@@ -487,7 +426,9 @@ def _steered_by(direction: Direction) -> Any:
         op=direction.op,
         span=tuple(sorted(direction.span)),
         sites=len(direction.dense or {}) if direction.neurons is None else len(direction.neurons),
-        words=(*words, *(f"not {word}" for word in found.get("negative", ()))),
+        words=(*words, *(f"not {word}" for word in unwanted)),
+        tower=direction.tower,
+        finder=str(found.get("finder", "")),
     )
 
 

@@ -16,6 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from steer_runtime.errors import SteerError
 
+KINDS: Mapping[str, tuple[str, str]] = {
+    "openvla": ("pocket-libero", "pocket-untrained"),
+    "pi0": ("pocket-pi0-libero", "pocket-pi0-untrained"),
+}
+"""Kind of policy -> the trained pocket policy, and the untrained one that runs where its checkpoint is not installed."""
+
 
 class DirectionSpec(BaseModel):
     """How to find a direction: neurons by the words of their labels, or a dense difference of word embeddings."""
@@ -36,7 +42,8 @@ class DirectionSpec(BaseModel):
 
 
 class AxisSpec(BaseModel):
-    """Two directions under one name: given ones, or made as `steer eval axis` makes them, with its options.
+    """Two directions under one name: given ones, or, with a form, those that the policy ships under this name in
+    `<checkpoint>/directions`, else made as `steer eval axis` makes them, with its options.
 
     words: the axis of `steer eval axis` whose words are used, by default `name`.
     """
@@ -151,18 +158,31 @@ def read_config(path: Path) -> DemoConfig:
         raise SteerError("bad_demo_config", f"{path}: {where}: {first['msg']}; correct the file") from None
 
 
-def default_config() -> Path:
-    """The demo of the trained policy, or that of the untrained one where the trained checkpoint is not installed.
+def choose(config: Path | None, policy: str | None) -> tuple[Path, str]:
+    """(demo file, policy) for what was asked for. policy: one of KINDS, a name of configs/policies or a YAML file.
 
-    Raises SteerError('no_demo_config').
+    Without a file a trained policy gets configs/demo.yaml, one that builds itself configs/demo-untrained.yaml; without a
+    policy the file's own is taken. Raises SteerError: 'no_demo_config', 'bad_demo_config', and for an unknown policy.
     """
-    from steer_runtime.policies.registry import policy_configs, read_policy_file
+    if policy is None and config is not None:
+        return config, read_config(config).policy
+    name = policy or "openvla"
+    if name in KINDS:
+        trained, untrained = KINDS[name]
+        name = trained if _installed(trained) else untrained
+    return config or config_named("demo-untrained" if _builds_itself(name) else "demo"), name
 
-    trained = config_named("demo")
-    path = policy_configs().get(read_config(trained).policy)
-    if path is not None and (path.parent / read_policy_file(path).checkpoint / "config.json").is_file():
-        return trained
-    return config_named("demo-untrained")
+
+def _installed(policy: str) -> bool:
+    from steer_runtime.policies.registry import checkpoint_of, policy_configs
+
+    return policy in policy_configs() and (checkpoint_of(policy) / "config.json").is_file()
+
+
+def _builds_itself(policy: str) -> bool:
+    from steer_runtime.policies.registry import config_file, read_policy_file
+
+    return read_policy_file(config_file(policy)).build is not None
 
 
 def config_named(name: str) -> Path:

@@ -1,7 +1,8 @@
 """Actions of one policy on recorded observations, without and with steering.
 
-Invariant: every condition sees the same observations, with the gripper as it was told then, through the same engine; the
-first condition is steering off. What is compared is the first action of each chunk.
+Invariant: every condition sees the same observations, with the gripper as it was told then and the same noise where the
+policy draws any, through the same engine; the first condition is steering off. What is compared is the first action of
+each chunk.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from steer_runtime.steering.offline import OfflineSteering
 from steer_runtime.types import Observation, Policy
 
 
-class TokenPolicy(Policy, Protocol):
-    """A policy whose actions are tokens of one vocabulary."""
+class ComparedPolicy(Policy, Protocol):
+    """action_token_values: of the tokens that actions are made of, nothing for a policy that denoises them."""
 
     def logits(self, observation: Observation) -> torch.Tensor: ...
     def action_token_values(self) -> Mapping[int, float]: ...
@@ -28,7 +29,8 @@ class TokenPolicy(Policy, Protocol):
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """C conditions on O observations; see EpisodeRecord for the arrays. tokens: the most probable action token.
+    """C conditions on O observations; see EpisodeRecord for the arrays. tokens: the most probable action token, zeros (and
+    no bins) where actions are no tokens.
 
     said: the policy's words, by condition and observation; without words where it says none.
     """
@@ -42,18 +44,16 @@ class BeforeAfter:
 
 
 def before_after(
-    policy: TokenPolicy,
+    policy: ComparedPolicy,
     directions: Sequence[Direction],
     axes: Sequence[Axis],
     observations: Sequence[Observation],
-    grippers: Sequence[float],
     conditions: Mapping[str, Mapping[str, float]],
     progress: Callable[[int], None] = lambda done: None,
 ) -> BeforeAfter:
     """Run every condition (name -> target -> strength) and, before them, "off".
 
-    grippers: the gripper command before each observation, -1 open or +1 close; policies that remember it are told.
-    progress hears how many inferences are done of 2 (C + 1) O. Raises SteerError for a refused strength.
+    progress hears how many of the (C + 1) O replays are done. Raises SteerError for a refused strength.
     """
     values = policy.action_token_values()
     ids = sorted(values, key=lambda i: (values[i], -i))
@@ -68,18 +68,19 @@ def before_after(
         for c, strengths in enumerate(all_conditions.values()):
             steering.set(strengths)
             words = []
-            for o, (observation, gripper) in enumerate(zip(observations, grippers, strict=True)):
-                tell_gripper(policy, gripper)
+            for o, observation in enumerate(observations):
+                _begin(policy, observation, o)
                 chunk, _ = steering.run(lambda seen=observation: policy.infer(seen))  # type: ignore[misc]
                 words.append(tuple(word.strip() for word in getattr(policy, "said", ())))
-                # The inference has moved the remembered command on to the end of its chunk.
-                tell_gripper(policy, gripper)
-                logits, _ = steering.run(lambda seen=observation: policy.logits(seen))  # type: ignore[misc]
-                action_logits = logits.float()[: policy.action_space.dims, ids]
                 actions[c, o] = chunk.actions[0]
-                tokens[c, o] = np.asarray(ids)[action_logits.argmax(dim=-1).cpu().numpy()]
-                bins[c, o] = torch.softmax(action_logits, dim=-1).cpu().numpy()
-                done += 2
+                if ids:
+                    # The inference has moved what the policy remembers on to the end of its chunk.
+                    _begin(policy, observation, o)
+                    logits, _ = steering.run(lambda seen=observation: policy.logits(seen))  # type: ignore[misc]
+                    action_logits = logits.float()[: policy.action_space.dims, ids]
+                    tokens[c, o] = np.asarray(ids)[action_logits.argmax(dim=-1).cpu().numpy()]
+                    bins[c, o] = torch.softmax(action_logits, dim=-1).cpu().numpy()
+                done += 1
                 progress(done)
             said.append(tuple(words))
     return BeforeAfter(
@@ -90,3 +91,10 @@ def before_after(
         bin_values=np.array([values[i] for i in ids], np.float32),
         said=tuple(said),
     )
+
+
+def _begin(policy: Policy, observation: Observation, number: int) -> None:
+    """The policy as it was before an observation: its gripper as told, its noise that of the observation's number."""
+    policy.reset(number)
+    if observation.gripper_command is not None:
+        tell_gripper(policy, observation.gripper_command)

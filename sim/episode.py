@@ -81,7 +81,10 @@ class CommandOutcome:
 
 @dataclass(frozen=True)
 class SteeredBy:
-    """A direction of the episode. form: neurons or dense. sites: places it writes (neurons, or residual sites)."""
+    """A direction of the episode. form: neurons or dense. sites: places it writes (neurons, or residual sites) of a tower.
+
+    words: that found it; finder: what else did.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -92,6 +95,8 @@ class SteeredBy:
     span: tuple[str, ...]
     sites: int
     words: tuple[str, ...]
+    tower: str = ""
+    finder: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,8 @@ class EpisodeRecord:
 
     Before and after, on O of the observations under C conditions (the first is steering off), empty when not computed:
     replayed: int64 [O], which of the N. actions: float32 [C, O, 7], the first of each chunk. tokens: int64 [C, O, 7].
-    bins: float32 [C, O, 7, B], probabilities of the action bins. bin_values: float32 [B], normalised, rising.
+    bins: float32 [C, O, 7, B], probabilities of the action bins. bin_values: float32 [B], normalised, rising. B is 0, and
+    tokens are zeros, for a policy whose actions are no tokens.
     """
 
     facts: EpisodeFacts

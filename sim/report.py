@@ -49,7 +49,8 @@ class DifferenceRow:
     """How one condition differs from steering off on the same observations.
 
     means [7]: mean action minus mean action without steering. changed: share of action tokens that differ.
-    variation: mean total variation distance of the bin probabilities, 0 (equal) to 1 (disjoint). said: words with counts.
+    variation: mean total variation distance of the bin probabilities, 0 (equal) to 1 (disjoint). Both mean nothing where
+    actions are no tokens. said: words with counts.
     """
 
     condition: str
@@ -93,7 +94,7 @@ def render(record: EpisodeRecord, path: Path) -> Path:
         plotly=get_plotlyjs(),
         timeline=_div(timeline(record), "timeline"),
         actions=_div(action_figure(record), "actions") if record.facts.conditions else "",
-        bins=_div(bin_figure(record), "bins") if record.facts.conditions else "",
+        bins=_div(bin_figure(record), "bins") if record.facts.conditions and len(record.bin_values) else "",
         observations=len(record.replayed),
         differences=differences(record),
         latencies=latencies(record.facts.commands),

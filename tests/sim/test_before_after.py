@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import fabricate
+import fabricate_pi0
 import numpy as np
 import pytest
 import torch
@@ -32,9 +34,7 @@ def test_off_is_the_policy_itself_and_steering_changes_it(
 ) -> None:
     seen = [observation(tiny_policy, seed=s) for s in range(2)]
     heard: list[int] = []
-    table = before_after(
-        tiny_policy, [strong(tiny_policy)], (), seen, [-1, 1], {"push +1": {"push": 1.0}}, heard.append
-    )
+    table = before_after(tiny_policy, [strong(tiny_policy)], (), seen, {"push +1": {"push": 1.0}}, heard.append)
     assert table.conditions == ("off", "push +1")
     plain = np.stack([tiny_policy.infer(o).actions[0] for o in seen])
     assert np.array_equal(table.actions[0], plain)
@@ -42,13 +42,13 @@ def test_off_is_the_policy_itself_and_steering_changes_it(
     assert np.allclose(table.bins.sum(-1), 1.0, atol=1e-5)
     assert set(table.tokens.ravel()) <= set(tiny_policy.action_token_values())
     assert (np.diff(table.bin_values) >= 0).all()
-    assert heard == [2, 4, 6, 8]
+    assert heard == [1, 2, 3, 4]
 
 
 def test_tokens_are_the_ones_the_actions_were_made_from(
     tiny_policy: OpenVLAPolicy, observation: Callable[..., Observation]
 ) -> None:
-    table = before_after(tiny_policy, (), (), [observation(tiny_policy)], [-1], {})
+    table = before_after(tiny_policy, (), (), [observation(tiny_policy)], {})
     normalised = tiny_policy.statistics.unnormalise(tiny_policy.actions.decode(table.tokens[0, 0]))
     assert np.allclose(normalised[:6], table.actions[0, 0, :6], atol=1e-6)
 
@@ -68,12 +68,12 @@ def test_of_a_chunk_the_first_action_is_compared_with_the_gripper_as_it_was_then
             if parameter.ndim == 2 and not name.startswith("heatmap"):
                 parameter.copy_(torch.randn(parameter.shape) * 2.0 * parameter.shape[-1] ** -0.5)
     policy = OpenVLAPolicy(model.eval(), fabricate.tiny_tokenizer(), fabricate.tiny_statistics())
-    seen = observation(policy)
-    opened, closed, again = before_after(policy, (), (), [seen] * 3, [-1, 1, -1], {}).bins[0]
+    told = [replace(observation(policy), gripper_command=command) for command in (-1.0, 1.0, -1.0)]
+    opened, closed, again = before_after(policy, (), (), told, {}).bins[0]
     assert opened.shape[0] == 7
     assert np.array_equal(opened, again)
     assert not np.array_equal(opened, closed)
-    table = before_after(policy, (), (), [seen], [1], {})
+    table = before_after(policy, (), (), told[1:2], {})
     assert set(table.said[0][0]) <= {"slow", "fast"}
     assert len(table.said[0][0]) == 1
 
@@ -83,4 +83,17 @@ def test_refused_strength_is_not_replayed_as_something_else(
 ) -> None:
     seen = [observation(tiny_policy)]
     with pytest.raises(SteerError, match="clamped"):
-        before_after(tiny_policy, [strong(tiny_policy)], (), seen, [-1], {"push +3": {"push": 3.0}})
+        before_after(tiny_policy, [strong(tiny_policy)], (), seen, {"push +3": {"push": 3.0}})
+
+
+def test_a_policy_that_denoises_is_compared_on_the_same_noise_and_has_no_bins() -> None:
+    policy = fabricate_pi0.tiny_policy()
+    direction = fabricate_pi0.neuron_direction(policy, "expert")
+    seen = [fabricate_pi0.make_observation() for _ in range(2)]
+    conditions = {"off again": {}, "on": {direction.name: 1.0}}
+    off, again, on = before_after(policy, [direction], (), seen, conditions).actions
+    assert np.array_equal(off, again)
+    assert (off != on).any(axis=-1).all()
+    # Two observations that look alike differ by their noise.
+    assert not np.array_equal(off[0], off[1])
+    assert before_after(policy, (), (), seen, {}).bins.shape == (1, 2, 7, 0)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from ros_nodes.children import Children
-from ros_nodes.demo_config import config_named, default_config, read_config
+from ros_nodes.demo_config import choose, config_named, read_config
 from steer_runtime.errors import SteerError
+from steer_runtime.policies.registry import policy_configs
 
 
 def test_file_of_the_trained_policy_steers_pace_by_an_axis_of_words() -> None:
@@ -24,16 +25,39 @@ def test_file_of_the_trained_policy_steers_pace_by_an_axis_of_words() -> None:
     assert any(c.expect == "refused" for c in config.commands)
 
 
-def test_without_the_trained_checkpoint_the_untrained_policy_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "trained", "untrained"),
+    [
+        (None, "pocket-libero", "pocket-untrained"),
+        ("openvla", "pocket-libero", "pocket-untrained"),
+        ("pi0", "pocket-pi0-libero", "pocket-pi0-untrained"),
+    ],
+)
+def test_without_the_trained_checkpoint_the_untrained_policy_of_the_kind_runs(
+    asked: str | None, trained: str, untrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "pocket-libero.yaml"
+    file = tmp_path / f"{trained}.yaml"
     file.write_text("kind: openvla\nname: p\ncheckpoint: there\nsuite: libero_object\n")
-    monkeypatch.setattr("steer_runtime.policies.registry.policy_configs", lambda: {"pocket-libero": file})
+    known = {**policy_configs(), trained: file}
+    monkeypatch.setattr("steer_runtime.policies.registry.policy_configs", lambda: known)
     (tmp_path / "there").mkdir()
-    assert default_config() == config_named("demo-untrained")
+    assert choose(None, asked) == (config_named("demo-untrained"), untrained)
     (tmp_path / "there" / "config.json").touch()
-    assert default_config() == config_named("demo")
+    assert choose(None, asked) == (config_named("demo"), trained)
+    # One that is not even configured is one that is not installed.
+    known.pop(trained)
+    assert choose(None, asked) == (config_named("demo-untrained"), untrained)
+
+
+def test_any_policy_may_be_named_with_or_without_a_file(tmp_path: Path) -> None:
+    assert choose(None, "pocket-libero") == (config_named("demo"), "pocket-libero")
+    assert choose(None, "pocket-pi0-untrained") == (config_named("demo-untrained"), "pocket-pi0-untrained")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("policy: pocket-untrained\ncommands: []\n")
+    assert choose(mine, None) == (mine, "pocket-untrained")
+    assert choose(mine, "pi0-libero") == (mine, "pi0-libero")
+    with pytest.raises(SteerError, match="unknown"):
+        choose(None, "pi1")
 
 
 def test_shipped_file_is_valid_and_covers_every_kind_of_command() -> None:
@@ -68,7 +92,7 @@ def test_unusable_file_is_refused_with_a_sentence(tmp_path: Path, text: str, sai
 
 def test_options_are_checked_like_the_file() -> None:
     with pytest.raises(SteerError, match="before the end"):
-        read_config(default_config()).changed({"steps": 10})
+        read_config(config_named("demo")).changed({"steps": 10})
 
 
 def _sleeper(folder: Path) -> None:
