@@ -16,6 +16,7 @@ from steer_runtime.directions import finders
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.directions.store import DirectionStore
 from steer_runtime.directions.token_basis import LabelCache, TokenBasis
+from steer_runtime.directions.towers import named_tower
 
 
 def demo_directions(config: DemoConfig, policy: Any, shipped: Path) -> tuple[tuple[Direction, ...], tuple[Axis, ...]]:
@@ -73,7 +74,10 @@ def _find(spec: DirectionSpec, policy: Any, material: finders.Material) -> Direc
 
 
 def _shipped_ends(name: str, policy: Any, shipped: Path) -> tuple[Direction, Direction] | None:
-    """(negative, positive) of an axis in the policy's own store, None where it ships no axis of this name."""
+    """(negative, positive) of an axis in the policy's own store, None where it ships no axis of this name.
+
+    Raises SteerError where they are another model's.
+    """
     if not shipped.is_dir():
         return None
     store = DirectionStore(shipped)
@@ -81,6 +85,8 @@ def _shipped_ends(name: str, policy: Any, shipped: Path) -> tuple[Direction, Dir
         return None
     axis = store.load_axis(name)
     negative, positive = (store.load(end, model_hash=policy.model_hash) for end in (axis.negative, axis.positive))
+    for end in (negative, positive):
+        end.require_fits(named_tower(policy, end.tower), policy.model_hash)
     return negative, positive
 
 
