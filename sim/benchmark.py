@@ -102,6 +102,12 @@ def suites() -> list[str]:
     return sorted(name for name in benchmark.get_benchmark_dict() if benchmark.task_maps.get(name))
 
 
+def task_counts() -> dict[str, int]:
+    """Suite -> how many tasks it has."""
+    benchmark = load_module("libero.libero.benchmark")
+    return {name: len(benchmark.task_maps[name]) for name in suites()}
+
+
 @dataclass(frozen=True)
 class Task:
     """One task of a suite: its name, instruction, BDDL file and official initial states [n, 1 + nq + nv]."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sim import options
-from sim.evaluation import axis_video
+from sim.evaluation import axis_video, hold_cli
+from sim.evaluation.study import cli as study_cli
 from sim.options import task_ids, words
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ app = typer.Typer(name="eval", help="Measure what a policy can do, in process.",
 app.command(epilog="Examples:  steer eval video pocket-libero --axis speed --site 6 --norm 110 --out axis-speed.mp4")(
     axis_video.video
 )
+app.command("hold", epilog=hold_cli.EXAMPLES)(hold_cli.hold)
+app.command(epilog=study_cli.EPILOG)(study_cli.study)
 
 Policy = Annotated[str, typer.Argument(help="A policy YAML, or a bare name of configs/policies/.")]
 Suite = Annotated[str, typer.Option(help="libero_object, libero_spatial or libero_goal.")]

@@ -35,7 +35,7 @@ def on_ray(address: str, *, workers: int | None = None, threads: int = 1) -> Run
     def run(jobs: Sequence[LayerJob], done: Done) -> Iterator[tuple[int, Ends]]:
         import ray
 
-        started = _connect(ray, address, None if workers is None else workers * threads)
+        started = connect(ray, address, None if workers is None else workers * threads)
         try:
             yield from _spread(ray, jobs, done, threads)
         finally:
@@ -45,8 +45,11 @@ def on_ray(address: str, *, workers: int | None = None, threads: int = 1) -> Run
     return run
 
 
-def _connect(ray: Any, address: str, cpus: int | None) -> bool:
-    """True when this call made the connection."""
+def connect(ray: Any, address: str, cpus: int | None) -> bool:
+    """Join or start a cluster, unless this process is in one already. True when this call made the connection.
+
+    address: as `on_ray`. cpus: of one started here. Raises SteerError('no_ray').
+    """
     if ray.is_initialized():
         return False
     try:
