@@ -12,6 +12,7 @@ import typer
 
 from sim import options
 from sim.evaluation import axis_video, hold_cli
+from sim.evaluation.analysis import cli as analysis_cli
 from sim.evaluation.study import cli as study_cli
 from sim.options import task_ids, words
 
@@ -27,6 +28,7 @@ app.command(epilog="Examples:  steer eval video pocket-libero --axis speed --sit
 )
 app.command("hold", epilog=hold_cli.EXAMPLES)(hold_cli.hold)
 app.command(epilog=study_cli.EPILOG)(study_cli.study)
+app.command(epilog=analysis_cli.EPILOG)(analysis_cli.report)
 
 Policy = Annotated[str, typer.Argument(help="A policy YAML, or a bare name of configs/policies/.")]
 Suite = Annotated[str, typer.Option(help="libero_object, libero_spatial or libero_goal.")]

@@ -143,10 +143,12 @@ def run_trials(
     *,
     infer_for: Callable[[Trial], Infer] | None = None,
     on_trial: Callable[[Trial, Mapping[str, Any]], None] | None = None,
+    also: Callable[[Trial], Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Run what the results file lacks and return the rows of all trials, in their order.
 
-    infer_for: how this trial's observations become chunks, by default the policy's own. Rendering must be set up
+    infer_for: how this trial's observations become chunks, by default the policy's own. also: what else the line
+    of an episode that has just been run shall hold. Rendering must be set up
     (`sim.benchmark.use_software_rendering`). Raises SteerError('wrong_version') and those of scenes, layouts and policy.
     """
     require_versions()
@@ -157,6 +159,8 @@ def run_trials(
             for trial in (t for t in missing if t.task_id == task_id):
                 infer = infer_for(trial) if infer_for is not None else policy.infer
                 row = run_trial(policy, scene, targets, trial, setting, infer)
+                if also is not None:
+                    row |= also(trial)
                 results.add(trial.key, row)
                 if on_trial is not None:
                     on_trial(trial, row)
