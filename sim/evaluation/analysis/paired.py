@@ -16,8 +16,9 @@ from steer_runtime.errors import SteerError
 
 RESAMPLES = 10_000
 SEED = 20260
-LEAST_TASKS = 6
-"""Tasks from which flipping whole tasks can reach p < 0.05: 2 / 2^6 = 0.03."""
+LEAST_TASKS = 8
+"""Tasks from which flipping whole tasks can show something: the least p is 2 / 2^8 = 0.008, which Holm over six concepts
+still passes at 5 %; with six tasks it is 0.03 and nothing would."""
 FULL_BAND = 20
 """Draws from which a 95th percentile is more than the largest one."""
 _CHUNK = 4_000_000
@@ -28,7 +29,7 @@ _CHUNK = 4_000_000
 class Band:
     """What random directions do at one strength. size: 95th percentile of |effect|; directed: 95th percentile of the effects
     in the wanted direction, at least 0. rank: share of draws, this effect among them, that push at least as far that way,
-    (1 + those) / (1 + draws). beyond: the effect goes the wanted way and farther than `size`."""
+    (1 + those) / (1 + draws). beyond: the effect goes the wanted way and farther than `size`. effects: those of the draws."""
 
     size: float | None
     directed: float | None
@@ -37,6 +38,7 @@ class Band:
     rank: float | None
     beyond: bool | None
     note: str = ""
+    effects: tuple[float, ...] = ()
 
 
 def sign_flip(differences: Sequence[float], tasks: Sequence[Hashable]) -> PValue:
@@ -167,10 +169,10 @@ def control_band(effect: float | None, draws: Sequence[float], sign: float, pair
     directed = max(0.0, float(np.quantile(values, 0.95)))
     note = "" if len(values) >= FULL_BAND else f"{count(len(values), 'draw')} of {FULL_BAND}: the band is rough"
     if effect is None:
-        return Band(size, directed, len(values), pairs, None, None, note or "no effect was measured")
+        return Band(size, directed, len(values), pairs, None, None, note or "no effect was measured", tuple(draws))
     wanted = effect * sign
     rank = (1 + int((values >= wanted).sum())) / (1 + len(values))
-    return Band(size, directed, len(values), pairs, rank, bool(wanted > size), note)
+    return Band(size, directed, len(values), pairs, rank, bool(wanted > size), note, tuple(draws))
 
 
 def _groups(values: np.ndarray, tasks: Sequence[Hashable]) -> list[np.ndarray]:
