@@ -30,7 +30,8 @@ MAX_BYTES = 1 << 28
 class Choice:
     """What became of an entry. variant: the entry that is kept, without a sweep; strength: at which it did best.
 
-    net, on, damage: means over its ends there. tried: variant -> its best net. scaled: whether the strength is a factor.
+    net, on, damage: means over its ends there. tried: variant -> its best net. missing: variants that the score does not
+    have, since their finder refused or nobody scored them. scaled: whether the strength is a factor.
     """
 
     entry: Entry
@@ -40,6 +41,7 @@ class Choice:
     on: float
     damage: float
     tried: Mapping[str, float]
+    missing: tuple[str, ...]
     scaled: bool
 
     @property
@@ -70,27 +72,31 @@ def read_score(path: Path) -> dict[str, Any]:
 
 
 def choose(catalog: CatalogFile, document: Mapping[str, Any], reading: str = "executed") -> list[Choice]:
-    """A choice for every entry. Raises SteerError('not_scored') for a variant that the score does not have, and for an
-    entry whose name claims nothing."""
+    """A choice for every entry of which the score has a variant.
+
+    Raises SteerError('not_scored') where it has none of any entry, and for an entry whose name claims nothing.
+    """
     names = {h: str(card["name"]) for h, card in document["directions"].items()}
     points = {names[s["hash"]]: s["points"] for s in document["readings"][reading]["scores"]}
     forms = {str(card["name"]): (card["form"], card["op"]) for card in document["directions"].values()}
-    return [_choice(entry, points, forms) for entry in catalog.entries]
+    made = [_choice(entry, points, forms) for entry in catalog.entries]
+    choices = [choice for choice in made if choice is not None]
+    if not choices:
+        raise SteerError("not_scored", "the score has none of the catalog's entries: build and score them first")
+    return choices
 
 
 def _choice(
     entry: Entry, points: Mapping[str, Sequence[Mapping[str, Any]]], forms: Mapping[str, tuple[str, str]]
-) -> Choice:
+) -> Choice | None:
     best: tuple[float, str, float, float, float] | None = None
     tried: dict[str, float] = {}
+    missing = []
     for name in entry.variants:
         ends = [f"{name}-negative", f"{name}-positive"] if entry.axis else [name]
-        missing = [end for end in ends if end not in points]
-        if missing:
-            raise SteerError(
-                "not_scored",
-                f"the score has no direction {missing[0]!r} of entry {entry.name!r}: build and score it first",
-            )
+        if any(end not in points for end in ends):
+            missing.append(name)
+            continue
         by_strength: dict[float, list[tuple[float, float]]] = {}
         for point in (p for end in ends for p in points[end]):
             if point["strength"] > 0 and point["on"] is not None:
@@ -107,11 +113,12 @@ def _choice(
         tried[name] = nets[strength]
         if best is None or nets[strength] > best[0]:
             best = (nets[strength], name, strength, float(whole[strength][0]), float(whole[strength][1]))
-    assert best is not None
+    if best is None:
+        return None
     net, name, strength, on, damage = best
     form, op = forms[f"{name}-positive" if entry.axis else name]
     linear = form == "dense" or op == "add"
-    return Choice(entry, entry.variants[name], strength, net, on, damage, tried, linear)
+    return Choice(entry, entry.variants[name], strength, net, on, damage, tried, tuple(missing), linear)
 
 
 def save(catalog: CatalogFile, choices: Sequence[Choice], document: Mapping[str, Any], path: Path) -> Path:

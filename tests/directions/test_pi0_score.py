@@ -177,8 +177,16 @@ def test_what_was_not_scored_cannot_be_chosen(folder: Path, scored: Result, tmp_
     body = yaml.safe_load((folder / "sweep.yaml").read_text())
     body["entries"][0]["sweep"] = {"site": [1, 2]}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(body))
-    with pytest.raises(SteerError, match=r"has no direction 'speed-contrast.site2-negative'") as caught:
-        choose(read_catalog(tmp_path / "other.yaml"), document)
+    speed, *_ = choose(read_catalog(tmp_path / "other.yaml"), document)
+    assert (speed.variant.name, speed.missing) == ("speed-contrast.site1", ("speed-contrast.site2",))
+    scores = str(folder / "scored" / "score.json")
+    told = run(folder, "choose", tmp_path / "other.yaml", "--scored", scores, "--out", tmp_path / "kept.yaml")
+    assert "never scored: speed-contrast.site2" in told.output
+    body["entries"] = body["entries"][:1]
+    body["entries"][0]["name"] = "slow-unheard"
+    (tmp_path / "none.yaml").write_text(yaml.safe_dump(body))
+    with pytest.raises(SteerError, match="none of the catalog's entries") as caught:
+        choose(read_catalog(tmp_path / "none.yaml"), document)
     assert caught.value.code == "not_scored"
     for text in ("{", "[]", '{"schema": "steer-score/0"}'):
         (tmp_path / "score.json").write_text(text)

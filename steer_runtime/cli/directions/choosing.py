@@ -48,4 +48,8 @@ def choose(
         )
         table.add_row(*(Text(printable(cell)) for cell in cells))
     new_console().print(table)
+    without = sorted({e.name for e in catalog.entries} - {c.entry.name for c in choices})
+    missing = [*without, *(name for c in choices for name in c.missing)]
+    if missing:
+        say(f"not in the score, refused by their finder or never scored: {', '.join(missing)}")
     say(f"written: {choosing.save(catalog, choices, document, out)}")
