@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sim.training.settings import ExpertTraining
 from steer_runtime.errors import SteerError
@@ -38,19 +38,12 @@ _DECODER = "language_model.model."
 def around(source: OpenVLAModel, settings: ExpertTraining) -> Pi0Network:
     """The network, float32: prefix from `source`, rounded to STORED; expert and heads random from the seed.
 
-    Raises SteerError: 'other_checkpoint' for a policy that does not see objects and know their names,
-    'bad_training_config' for an expert that cannot begin as the prefix.
+    Raises SteerError('other_checkpoint') for a policy that does not see objects and know their names.
     """
     theirs = source.config
     if theirs.heatmap is None or not theirs.names:
         raise SteerError(
             "other_checkpoint", f"prefix {theirs.name!r} is no pocket OpenVLA: give one of `steer train policy`"
-        )
-    if settings.begin == "prefix" and (settings.width, settings.neurons) != (theirs.lm.d_model, theirs.lm.d_ff):
-        raise SteerError(
-            "bad_training_config",
-            f"the expert is to begin as the prefix with width {settings.width} and neurons {settings.neurons}: expected "
-            f"the prefix's, {theirs.lm.d_model} and {theirs.lm.d_ff}",
         )
     config = _config(theirs, settings)
     network = Pi0Network(config)
@@ -66,8 +59,6 @@ def around(source: OpenVLAModel, settings: ExpertTraining) -> Pi0Network:
                 ours[of_base(name)].copy_(in_shell(name, value).to(STORED))
             elif name.startswith(_EYES):
                 ours[f"objects.{name}"].copy_(value.to(STORED))
-        if settings.begin == "prefix":
-            _begin_as_prefix(network, source.action_queries.detach().float())
     network.restore_buffers("cpu")
     return network
 
@@ -106,20 +97,6 @@ def _draw(network: Pi0Network) -> None:
         elif not name.startswith("model.vlm."):
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
     network.pi0.action_out_proj.weight.zero_()
-
-
-@torch.no_grad()
-def _begin_as_prefix(network: Pi0Network, queries: Tensor) -> None:
-    """The expert's layers begin as the prefix's own, its action tokens around the mean of the queries [T, d_model] with which
-    those layers were taught to act, and as large as they are."""
-    network.expert.load_state_dict(
-        {n: p for n, p in network.language_model.state_dict().items() if not n.startswith("embed_tokens")}
-    )
-    entry = network.pi0.embed_action_time
-    size = float(queries.norm(dim=-1).mean()) / queries.shape[-1] ** 0.5
-    entry.action_time_mlp_out.weight.mul_(size)
-    entry.action_time_mlp_out.bias.copy_(queries.mean(0))
-    entry.state_proj.weight.mul_(size)
 
 
 def learns(network: Pi0Network) -> dict[str, nn.Parameter]:

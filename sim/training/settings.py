@@ -162,7 +162,7 @@ class ExpertTraining(Common):
 
     demonstrations, held_out: recordings of `steer data record`, below the data directory. prefix: a finished pocket
     OpenVLA, beside this file or absolute; its language model, vision and projector become the prefix. width, neurons:
-    d_model and d_ff of the expert. begin: its layers are random, or the prefix's own (of whose width it then is). chunk: actions of one inference. draws: noises of a prompt in a step. others, tell,
+    d_model and d_ff of the expert. chunk: actions of one inference. draws: noises of a prompt in a step. others, tell,
     seen_share, sight_noise, state_noise: as for a policy. gripper_weight: of the gripper in the loss; other_weight: of
     further labels.
     """
@@ -172,7 +172,6 @@ class ExpertTraining(Common):
     held_out: tuple[Path, ...] = ()
     prefix: Path
     suite: str = "libero_object"
-    begin: Literal["random", "prefix"] = "random"
     width: Annotated[int, Field(ge=2, multiple_of=2)] = 320
     neurons: Positive = 1280
     chunk: Positive = 10

@@ -89,10 +89,8 @@ def test_a_longer_neighbour_in_the_batch_changes_nothing(data: DemonstrationData
     assert not torch.allclose(beside[1], beside[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("begin", ["random", "prefix"])
-def test_training_lowers_the_error_and_leaves_the_prefix(data: DemonstrationData, tmp_path: Path, begin: str) -> None:
-    size = {"begin": begin, **({"width": 32, "neurons": 64} if begin == "prefix" else {})}
-    chosen = settings(steps=200, batch=12, validate_every=200, checkpoint_every=200, log_every=50, **size)
+def test_training_lowers_the_error_and_leaves_the_prefix(data: DemonstrationData, tmp_path: Path) -> None:
+    chosen = settings(steps=200, batch=12, validate_every=200, checkpoint_every=200, log_every=50)
     learner = ExpertSubject(chosen, around(tiny_model(), chosen), fabricate.tiny_tokenizer(), data, {"same": data})
     before, frozen = learner.validate(), weights(learner.network)
     result = trainer.train(chosen, learner, tmp_path / "run")
@@ -141,7 +139,11 @@ def test_a_written_policy_acts_as_the_trained_network(data: DemonstrationData, t
     assert policy.config.objects is not None
     assert policy.config.trained
     images = {name: np.full((64, 64, 3), 90, np.uint8) for name in ("agentview", "wrist")}
-    chunk = policy.infer(Observation(images, np.array([0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 0.04, -0.04]), "pick up the milk", stamp_ns=0, frame_id=0))
+    chunk = policy.infer(
+        Observation(
+            images, np.array([0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 0.04, -0.04]), "pick up the milk", stamp_ns=0, frame_id=0
+        )
+    )
     assert chunk.actions.shape == (CHUNK, 7)
     assert np.isfinite(chunk.actions).all()
     ours, theirs = learner.network.state_dict(), policy.model.state_dict()
@@ -152,10 +154,3 @@ def test_a_policy_without_objects_cannot_be_the_prefix() -> None:
     with pytest.raises(SteerError) as refusal:
         around(fabricate.tiny_model(), settings())
     assert refusal.value.code == "other_checkpoint"
-
-
-def test_an_expert_that_begins_as_the_prefix_has_its_width() -> None:
-    with pytest.raises(SteerError) as refusal:
-        around(tiny_model(), settings(begin="prefix"))
-    assert refusal.value.code == "bad_training_config"
-    assert "32 and 64" in refusal.value.sentence
