@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ros_nodes import hold_cli
 from ros_nodes.demo import demo
 from steer_runtime.errors import SteerError
 from steer_runtime.types import ROLES, Role
@@ -51,6 +52,7 @@ def register(app: typer.Typer) -> None:
     app.command("state", epilog="Examples:  steer state  ·  steer state --watch  ·  steer state --json")(show_state)
     app.command("clear", epilog="Examples:  steer clear slow  ·  steer clear --all")(clear)
     app.command("demo")(demo)
+    app.command("hold", epilog=hold_cli.EXAMPLES)(hold_cli.hold)
 
 
 def list_targets(namespace: Namespace = "/steer", timeout: Timeout = 8.0, as_json: AsJson = False) -> None:
