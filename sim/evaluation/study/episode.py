@@ -328,7 +328,7 @@ class _Episode(_Facts):
                 f"{'' if np.isfinite(actions).all() else ' that are not finite'}: expected finite numbers [T, 7]",
             )
         weighed = np.full(len(actions), np.nan) if entropy is None else np.asarray(entropy, np.float64).mean(-1)
-        said = " ".join(getattr(self.policy, "said", ())) or None
+        said = " ".join(word.strip() for word in getattr(self.policy, "said", ())) or None
         image = next(iter(observation.images.values()))
         kept = image if self.work.videos else np.zeros((0, 0, 3), np.uint8)
         return Inference(len(self.inferences), actions, weighed, strength, dose, firings, writes, said, kept)

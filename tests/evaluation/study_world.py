@@ -1,0 +1,80 @@
+"""A study of a tiny random policy in real scenes, for the tests of `sim.evaluation.study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fabricate
+import numpy as np
+import yaml
+
+from sim.evaluation.study import records
+from sim.evaluation.study.settings import StudySettings, check
+from steer_runtime.directions.direction import Axis, Direction, Neurons
+from steer_runtime.directions.store import DirectionStore
+from steer_runtime.policies.openvla.policy import OpenVLAPolicy
+
+LIMIT = 5
+TOO_LONG = "{}" + " very" * 60 + " slowly"
+"""Makes more tokens than the tiny policy takes: it refuses to act."""
+
+
+def policy_file(folder: Path, *, chunk: int = 2) -> Path:
+    """A checkpoint and its YAML."""
+    fabricate.save_tiny(folder / "tiny", model=fabricate.tiny_model(fabricate.tiny_config(chunk=chunk)))
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"kind": "openvla", "name": "tiny", "checkpoint": "tiny", "suite": "libero_object"}))
+    return path
+
+
+def store(folder: Path, policy: OpenVLAPolicy) -> DirectionStore:
+    """Directions `slow` and `fast`, and the axis `pace` of both."""
+    out = DirectionStore(folder / "store")
+    lm = policy.config.lm
+    for name, sign in (("slow", -1.0), ("fast", 1.0)):
+        neurons = Neurons(
+            np.array([1, 1, 2], np.int32), np.array([3, 9, 5], np.int32), np.float32(sign) * np.full(3, 6, np.float32)
+        )
+        out.save(
+            Direction(
+                name, "lm", policy.model_hash, lm.layers, lm.d_model, lm.d_ff, neurons=neurons,
+                provenance={"finder": "tests"},
+            )
+        )  # fmt: skip
+    out.save_axis(Axis("pace", "slow", "fast"))
+    return out
+
+
+def plain(policy: str, store: str, **changes: Any) -> dict[str, Any]:
+    """The YAML's content: one task, two starts."""
+    return {
+        "policy": policy,
+        "store": store,
+        "suites": [{"suite": "libero_object", "tasks": [6], "starts": 2, "limit": LIMIT}],
+        "meshes": "thin",
+        "size": 32,
+        "conditions": ["unsteered"],
+        **changes,
+    }
+
+
+def settings(**changes: Any) -> StudySettings:
+    return check(plain(**changes), "a test")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The episodes' columns that do not come from the clock."""
+    return records.read_episodes(folder).drop_columns(list(records.CLOCK)).to_pylist()
+
+
+def steps_of(folder: Path) -> dict[str, np.ndarray]:
+    return records.columns_of(records.read_steps(folder))
+
+
+def require_equal(one: Path, other: Path) -> None:
+    """Two studies hold the same rows, the clock apart; NaN equals NaN."""
+    assert rows_of(one) == rows_of(other)
+    ours, theirs = steps_of(one), steps_of(other)
+    for name, values in ours.items():
+        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
