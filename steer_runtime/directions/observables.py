@@ -4,8 +4,9 @@ Invariant: a value is read off one inference at one recorded moment, from noise 
 cannot tell (the entropy of an action that is no token, the expected value of one that is no choice) is absent, never made up.
 
 Two readings of the same inference: `executed` is what the robot would carry out: the first action of a policy that chooses
-tokens (greedy tokens and words, the gripper open or closed), the mean of the actions of a chunk that a flow policy hands on; `expected` is the mean over the bins of each token and over the words of each slot, which also
-tells what a greedy choice hides. What the policy says is chosen greedily in both: words that flip move both in steps.
+tokens (greedy tokens and words, the gripper open or closed), the mean of the actions of a chunk that a flow policy hands on,
+each within -1 to 1; `expected` is the mean over the bins of each token and over the words of each slot, which also tells what
+a greedy choice hides. What the policy says is chosen greedily in both: words that flip move both in steps.
 """
 
 from __future__ import annotations
@@ -180,8 +181,9 @@ def read(policy: Policy, moment: Moment) -> dict[Reading, Values]:
     ready(policy, moment)
     if not isinstance(policy, Considers):
         chunk = policy.infer(moment.observation)
-        # What the hand does over the chunk: rows that shake without going anywhere are no speed.
-        mean = chunk.actions.astype(np.float64).mean(0)
+        # What the hand does over the chunk: rows that shake without going anywhere are no speed, and no robot makes a larger
+        # move than that of action 1.
+        mean = np.clip(chunk.actions.astype(np.float64), -1.0, 1.0).mean(0)
         return {"executed": {**motion(mean, chunk.space), **_said(chunk.notes)}, "expected": {}}
     considered = policy.consider(moment.observation)
     chunk = considered.chunk

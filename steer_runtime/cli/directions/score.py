@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 CONTROLS = ("gaussian", "pairs")
+_NAME = 34
+"""Characters of a name on one line of the table."""
 
 
 @app.command(
@@ -168,8 +170,10 @@ def _show(summary: Summary, title: str, random: int) -> None:
     # Twelve columns fit a page of paper without the lines between them.
     table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
     effect = 5 + several
-    for column in (table.columns[0], table.columns[1], table.columns[effect]):
+    for column in (table.columns[1], table.columns[effect]):
         column.no_wrap = True
+    table.columns[0].min_width = min(_NAME, max((len(one.direction.name) for one in summary.scores), default=1))
+    table.columns[0].max_width = _NAME
     for one in summary.scores:
         name, claims, *cells = _cells(one, observable)
         shown = [name, claims, *([one.direction.tower] if several else []), *cells]

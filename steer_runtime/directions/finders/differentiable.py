@@ -79,12 +79,13 @@ def expected_actions(policy: Any, decoded: Any) -> Tensor:
 
 
 def denoised_actions(policy: Any, denoised: Any) -> Tensor:
-    """The actions that a flow policy hands on, in the units of the action space, [action_steps, dims]."""
+    """The actions that a flow policy hands on, in the units of the action space and within -1 to 1, [action_steps, dims]."""
     actions = denoised.actions[0, : policy.action_steps, : policy.action_space.dims].double()
     dims = actions.shape[1]
     offset = policy.statistics.unnormalise(np.zeros(dims))
     scale = policy.statistics.unnormalise(np.ones(dims)) - offset
-    return actions * torch.from_numpy(scale).to(actions) + torch.from_numpy(offset).to(actions)
+    whole = actions * torch.from_numpy(scale).to(actions) + torch.from_numpy(offset).to(actions)
+    return whole.clamp(-1.0, 1.0)
 
 
 def _motion(policy: Any, name: str, actions: Tensor) -> Tensor:
