@@ -6,7 +6,6 @@ fits; whatever arrives, the node answers, counts and goes on; inactive means tha
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import time
@@ -16,13 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from geometry_msgs.msg import PoseStamped
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Header, String
 from std_srvs.srv import Trigger
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
-from steer_msgs.msg import GripperCommand
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
 from steer_msgs.msg import SteeringState as SteeringStateMsg
@@ -45,13 +41,14 @@ from ros_nodes.guard import Complaints, guarded
 from ros_nodes.loading import Loaded, PolicyParameters, load
 from ros_nodes.parameters import declare, read
 from ros_nodes.process import serve
-from ros_nodes.qos import ACTION, COMMAND, DIAGNOSTICS, LATCHED, SENSOR, VERDICT
+from ros_nodes.qos import ACTION, COMMAND, DIAGNOSTICS, LATCHED, VERDICT
 from ros_nodes.rivals import Rivals
+from ros_nodes.sensors import RobotSensors, Take
 from steer_runtime.errors import SteerError
 from steer_runtime.loop import LoopEvent
 from steer_runtime.steering.command import SteeringCommand, Verdict
 from steer_runtime.steering.trace import TraceRecord
-from steer_runtime.types import ActionChunk, Observation, SteeringStamp, require_match
+from steer_runtime.types import ActionChunk, SteeringStamp, require_match
 
 TICK_S = 0.05
 """Period of the watchdog; also the shortest time between two states."""
@@ -77,8 +74,7 @@ class PolicyNode(LifecycleNode):
         self._description: RobotDescription | None = None
         self._description_refused = ""
         self._session: RobotDescription | None = None  # the robot that the running loop acts for
-        self._assembler: ObservationAssembler | None = None
-        self._sensors: list[Any] = []
+        self._sensors: RobotSensors | None = None
         self._rivals = Rivals(self.instance_id, self._started_ns)
         self.complaints = Complaints(self)
         self._lifecycle = "unconfigured"
@@ -175,29 +171,20 @@ class PolicyNode(LifecycleNode):
     def _start(self, description: RobotDescription) -> None:
         loaded = self._require_loaded()
         require_match(loaded.policy.action_space, description.space)
-        self._assembler = ObservationAssembler(description, freeze_timeout_s=self._settings.freeze_timeout_s)
+        assembler = ObservationAssembler(description, freeze_timeout_s=self._settings.freeze_timeout_s)
         self._last_seen_s = self._last_good_s = time.monotonic()
         self._submitted_frame = self._answered_frame = 0
         self._last_event = self._last_sent = None
         self._session = description
         loaded.loop.start()
-        for camera in description.cameras:
-            on_image = functools.partial(self._on_image, camera.name)
-            topic = f"camera/{camera.name}/image"
-            self._sensors.append(self.create_subscription(Image, topic, on_image, SENSOR))
-        self._sensors.append(self.create_subscription(JointState, "joint_states", self._on_joints, SENSOR))
-        if description.tells_gripper:
-            self._sensors.append(self.create_subscription(GripperCommand, "gripper_command", self._on_gripper, SENSOR))
-        self._sensors.append(self.create_subscription(PoseStamped, "eef_pose", self._on_pose, SENSOR))
-        self._sensors.append(self.create_subscription(String, "instruction", self._on_instruction, LATCHED))
+        self._sensors = RobotSensors(self, assembler, self._sense)
         mode = "lockstep" if description.lockstep else "free-running"
         self.get_logger().info(f"steering {loaded.policy.name!r} on robot {description.robot!r} ({mode})")
 
     def _stop(self, timeout_s: float) -> bool:
-        for subscription in self._sensors:
-            self.destroy_subscription(subscription)
-        self._sensors.clear()
-        self._assembler = None
+        if self._sensors is not None:
+            self._sensors.close()
+            self._sensors = None
         if self._loaded is None:
             return True
         try:
@@ -221,12 +208,8 @@ class PolicyNode(LifecycleNode):
         sentence = error.sentence if isinstance(error, SteerError) else f"{type(error).__name__}: {error}"
         self.complaints.count(f"{what}_refused")
         self.get_logger().error(f"cannot {what}: {sentence}")
-        self._sensors_off()
+        self._stop(10.0)
         return TransitionCallbackReturn.FAILURE
-
-    def _sensors_off(self) -> None:
-        if self._sensors or self._assembler is not None:
-            self._stop(10.0)
 
     def _entered(self, lifecycle: str) -> TransitionCallbackReturn:
         self._lifecycle = lifecycle
@@ -303,34 +286,21 @@ class PolicyNode(LifecycleNode):
         if self._lifecycle != "active":
             return
         self.get_logger().warning(f"robot session {description.session_id[:8]} began: steering is cleared")
-        self._stop(10.0)
+        if not self._stop(10.0):
+            self.trigger_deactivate()
+            return
         try:
             self._start(description)
         except SteerError as error:
             self.get_logger().error(f"robot {description.robot!r} is refused: {error.sentence}")
             self.trigger_deactivate()
 
-    def _on_image(self, camera: str, message: Image) -> None:
-        self._sense(lambda assembler: assembler.image(camera, message))
-
-    def _on_joints(self, message: JointState) -> None:
-        self._sense(lambda assembler: assembler.joints(message))
-
-    def _on_pose(self, message: PoseStamped) -> None:
-        self._sense(lambda assembler: assembler.pose(message))
-
-    def _on_gripper(self, message: GripperCommand) -> None:
-        self._sense(lambda assembler: assembler.gripper(message))
-
-    def _on_instruction(self, message: String) -> None:
-        self._sense(lambda assembler: assembler.instruction(message.data))
-
     @guarded
-    def _sense(self, take: Callable[[ObservationAssembler], Observation | None]) -> None:
-        if self._assembler is None or self._loaded is None:
+    def _sense(self, take: Take) -> None:
+        if self._sensors is None or self._loaded is None:
             return
         try:
-            observation = take(self._assembler)
+            observation = take()
         except SteerError as error:
             if error.code == "stamp_jumped_back":
                 self._recover_clock()
@@ -355,12 +325,12 @@ class PolicyNode(LifecycleNode):
 
     def _recover_clock(self) -> None:
         """A clock that stays set back is the robot's new time; what was steered under the old one ends."""
-        assembler, loaded = self._assembler, self._loaded
-        if assembler is None or loaded is None:
+        sensors, loaded = self._sensors, self._loaded
+        if sensors is None or loaded is None:
             return
         if time.monotonic() - self._last_good_s > self._settings.observation_timeout_s:
             self._last_good_s = time.monotonic()
-            assembler.forget_stamps()
+            sensors.assembler.forget_stamps()
             loaded.engine.clear_now()
             self.complaints.count("clock_resets")
             self.get_logger().warning("the robot's clock was set back: its new time is taken and steering is cleared")
@@ -465,8 +435,8 @@ class PolicyNode(LifecycleNode):
     def counters(self) -> Mapping[str, int]:
         """Everything counted: messages by this node, observations and inferences by the loop, commands by the engine."""
         total = Counter(self.complaints.counters)
-        if self._assembler is not None:
-            total["incomplete_frames"] += self._assembler.incomplete_frames
+        if self._sensors is not None:
+            total["incomplete_frames"] += self._sensors.assembler.incomplete_frames
         if self._loaded is not None:
             total.update(self._loaded.loop.counters)
             total.update(self._loaded.engine.state().counters)

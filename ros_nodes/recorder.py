@@ -16,19 +16,17 @@ from typing import Any
 
 import numpy as np
 import rclpy
-from geometry_msgs.msg import PoseStamped
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import String
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
-from steer_msgs.msg import EpisodeStatus, GripperCommand
+from steer_msgs.msg import EpisodeStatus
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
 
 from ros_nodes.assembler import ObservationAssembler
 from ros_nodes.convert import RobotDescription, chunk_from_msg, description_from_msg, ns_from_time
 from ros_nodes.qos import DIAGNOSTICS, LATCHED
+from ros_nodes.sensors import RobotSensors, Take
 from sim.outcomes import SeenAction, grasp_step
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Observation
@@ -68,7 +66,6 @@ class Recorder:
         self._changed = threading.Condition()
         self._description: RobotDescription | None = None
         self._assembler: ObservationAssembler | None = None
-        self._instruction: str | None = None
         self._context = rclpy.Context()
         rclpy.init(context=self._context, domain_id=domain_id, signal_handler_options=SignalHandlerOptions.NO)
         self._node = rclpy.create_node(
@@ -76,9 +73,6 @@ class Recorder:
         )
         listen = self._node.create_subscription
         listen(RobotDescriptionMsg, "robot_description", self._kept(self._on_description), LATCHED)
-        listen(String, "instruction", self._kept(self._on_instruction), LATCHED)
-        listen(JointState, "joint_states", self._kept(self._on_joints), DEEP_SENSOR)
-        listen(PoseStamped, "eef_pose", self._kept(self._on_pose), DEEP_SENSOR)
         listen(ActionChunkMsg, "actions", self._kept(self._on_actions), DEEP)
         listen(EpisodeStatus, "episode", self._kept(self._on_episode), DIAGNOSTICS)
         self._executor = SingleThreadedExecutor(context=self._context)
@@ -144,36 +138,10 @@ class Recorder:
             return
         self._description = description
         self._assembler = ObservationAssembler(description)
-        if self._instruction is not None:
-            self._assembler.instruction(self._instruction)
-        if description.tells_gripper:
-            on_gripper = self._kept(self._on_gripper)
-            self._node.create_subscription(GripperCommand, "gripper_command", on_gripper, DEEP_SENSOR)
-        for camera in description.cameras:
-            on_image = functools.partial(self._on_image, camera.name)
-            topic = f"camera/{camera.name}/image"
-            self._node.create_subscription(Image, topic, self._kept(on_image), DEEP_SENSOR)
+        RobotSensors(self._node, self._assembler, self._kept(self._sense), DEEP_SENSOR)
 
-    def _on_instruction(self, message: String) -> None:
-        self._instruction = message.data
-        if self._assembler is not None:
-            self._keep(self._assembler.instruction(message.data))
-
-    def _on_image(self, camera: str, message: Image) -> None:
-        if self._assembler is not None:
-            self._keep(self._assembler.image(camera, message))
-
-    def _on_joints(self, message: JointState) -> None:
-        if self._assembler is not None:
-            self._keep(self._assembler.joints(message))
-
-    def _on_pose(self, message: PoseStamped) -> None:
-        if self._assembler is not None:
-            self._keep(self._assembler.pose(message))
-
-    def _on_gripper(self, message: GripperCommand) -> None:
-        if self._assembler is not None:
-            self._keep(self._assembler.gripper(message))
+    def _sense(self, take: Take) -> None:
+        self._keep(take())
 
     def _keep(self, observation: Observation | None) -> None:
         if observation is not None and not self._is_over(observation.stamp_ns):

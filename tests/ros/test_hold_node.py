@@ -196,7 +196,7 @@ def test_parameters_that_hold_nothing_are_one_sentence(parameters: dict[str, Any
 
 def steer(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "steer_runtime.cli.main", *words],
+        [sys.executable, "-c", "from steer_runtime.cli.main import main; main()", *words],
         cwd=ROOT, capture_output=True, text=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

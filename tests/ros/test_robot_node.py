@@ -224,7 +224,7 @@ def test_policy_node_runs_a_lockstep_episode_one_inference_a_step(
         PolicyProcess(policy_yaml, direction_store, domain=third_domain),
         robot(third_domain, mode="lockstep", episodes=1) as body,
     ):
-        assert body.process.wait(90.0) == 0, body.log()
+        assert body.process.wait(240.0) == 0, body.log()
         assert "after 40 steps; 0 were held" in body.log()
         assert watcher.status().done
         state = client.wait_state(lambda s: s.counters.get("inferences", 0) >= 40)
