@@ -171,7 +171,7 @@ def rate(
 
     use_software_rendering()
     setting = _setting(suite=suite, size=size)
-    loaded = load_openvla(policy, checkpoint, "steer eval rate")
+    loaded = load(policy, checkpoint)
     with Scene(suite, 0, render=True) as scene:
         scene.begin(scene.task.initial_states[0])
         observation = observation_of(scene, scene.task.instruction, size)

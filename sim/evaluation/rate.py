@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from sim.evaluation.statistics import Line
+from steer_runtime.policies import LoadedPolicy
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.types import Observation
 
@@ -23,20 +24,18 @@ LEAST, AIM = 10.0, 20.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one inference: until the language model begins (image, vision, prompt), its first forward over all of
-    that, and everything after it (words, action tokens)."""
+    """Seconds of one inference, and of its parts.
 
-    vision: float
-    prefill: float
-    decode: float
+    OpenVLA: vision until the language model begins (image, vision, prompt), prefill its first forward over all of that,
+    decode everything after it (words, action tokens). Pi0: the stages that it times itself.
+    """
 
-    @property
-    def total(self) -> float:
-        return self.vision + self.prefill + self.decode
+    total: float
+    parts: Mapping[str, float]
 
 
 def measure(
-    policy: OpenVLAPolicy,
+    policy: LoadedPolicy,
     observation: Observation,
     *,
     inferences: int = 50,
@@ -46,25 +45,33 @@ def measure(
 ) -> list[Timing]:
     """Time `inferences` after `warm_up` untimed ones, on so many threads of torch; the former number is set again after."""
     timings = []
-    with _threads(threads), _Stopwatch(policy) as watch:
+    with _threads(threads), _Stopwatch(policy) if isinstance(policy, OpenVLAPolicy) else nullcontext() as watch:
         policy.reset()
         for index in range(warm_up + inferences):
-            watch.marks.clear()
+            if watch is not None:
+                watch.marks.clear()
             begun = time.perf_counter()
             policy.infer(observation)
             ended = time.perf_counter()
-            first_in, first_out = watch.marks[:2]
+            if watch is None:
+                assert not isinstance(policy, OpenVLAPolicy)
+                parts = dict(policy.timings)
+            else:
+                first_in, first_out = watch.marks[:2]
+                parts = {"vision": first_in - begun, "prefill": first_out - first_in, "decode": ended - first_out}
             if index >= warm_up:
-                timings.append(Timing(first_in - begun, first_out - first_in, ended - first_out))
+                timings.append(Timing(ended - begun, parts))
             if on_inference is not None:
                 on_inference(index + 1, warm_up + inferences)
     return timings
 
 
-def summarise(policy: OpenVLAPolicy, timings: Sequence[Timing], threads: int) -> list[Line]:
+def summarise(policy: LoadedPolicy, timings: Sequence[Timing], threads: int) -> list[Line]:
     """Actions a second by the median inference, its parts, parameters and peak memory."""
     totals = np.array([t.total for t in timings])
-    chunk, n = policy.config.chunk, len(timings)
+    # What of a chunk is executed before the next one.
+    chunk = policy.config.chunk if isinstance(policy, OpenVLAPolicy) else policy.action_steps
+    n = len(timings)
     slow, fast = np.quantile(totals, [0.975, 0.025])
     parameters = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     # Linux counts in kilobytes.
@@ -72,13 +79,13 @@ def summarise(policy: OpenVLAPolicy, timings: Sequence[Timing], threads: int) ->
     median = float(np.median(totals))
     lines = [
         Line(
-            f"actions a second, {threads} threads, chunk of {chunk}", chunk / median, chunk / float(slow),
+            f"actions a second, {threads} threads, {chunk} a chunk", chunk / median, chunk / float(slow),
             chunk / float(fast), n, "", LEAST, AIM,
         ),
         Line("  one inference (95 % of them)", median * 1e3, float(fast) * 1e3, float(slow) * 1e3, n, "ms"),
     ]  # fmt: skip
-    for part in ("vision", "prefill", "decode"):
-        shares = np.array([getattr(t, part) / t.total for t in timings])
+    for part in timings[0].parts:
+        shares = np.array([t.parts[part] / t.total for t in timings])
         lines.append(Line(f"  share of {part}", float(np.median(shares)), n=n, unit="%"))
     lines.append(Line("  parameters", parameters / 1e6, n=1, unit="MB"))
     lines.append(Line("  peak memory of the process", peak / 1e6, n=1, unit="MB"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import fabricate
+import fabricate_pi0
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ def test_rate_times_every_part_and_leaves_no_hook_and_no_thread_setting() -> Non
     before = torch.get_num_threads()
     timings = rate.measure(policy, fabricate.make_observation(policy), inferences=3, warm_up=1, threads=2)
     assert len(timings) == 3
-    assert all(min(t.vision, t.prefill, t.decode) > 0 for t in timings)
+    assert all(set(t.parts) == {"vision", "prefill", "decode"} and min(t.parts.values()) > 0 for t in timings)
     assert torch.get_num_threads() == before
     decoder = policy.model.language_model.model
     assert not decoder._forward_pre_hooks
@@ -30,12 +31,22 @@ def test_rate_times_every_part_and_leaves_no_hook_and_no_thread_setting() -> Non
 
 def test_actions_a_second_counts_the_whole_chunk() -> None:
     policy = fabricate.tiny_policy(fabricate.tiny_config(chunk=4))
-    lines = {line.what: line for line in rate.summarise(policy, [rate.Timing(0.1, 0.2, 0.1)] * 5, 2)}
-    first = lines["actions a second, 2 threads, chunk of 4"]
+    lines = {line.what: line for line in rate.summarise(policy, [rate.Timing(0.4, {"prefill": 0.2})] * 5, 2)}
+    first = lines["actions a second, 2 threads, 4 a chunk"]
     assert first.value == pytest.approx(10.0)
     assert lines["  share of prefill"].value == pytest.approx(0.5)
     parameters = sum(p.numel() for p in policy.model.parameters())
     assert lines["  parameters"].value == pytest.approx(4 * parameters / 1e6)
+
+
+def test_the_rate_of_a_flow_policy_counts_what_is_executed_of_a_chunk_and_names_its_own_stages() -> None:
+    policy = fabricate_pi0.tiny_policy(action_steps=3)
+    timings = rate.measure(policy, fabricate_pi0.make_observation(), inferences=2, warm_up=1, threads=1)
+    assert all(set(t.parts) == {"preprocess", "vision", "prefix", "denoise"} for t in timings)
+    assert all(0 < sum(t.parts.values()) <= t.total for t in timings)
+    lines = {line.what: line for line in rate.summarise(policy, [rate.Timing(0.1, {"denoise": 0.08})] * 4, 1)}
+    assert lines["actions a second, 1 threads, 3 a chunk"].value == pytest.approx(30.0)
+    assert lines["  share of denoise"].value == pytest.approx(0.8)
 
 
 def smollm2_sized() -> OpenVLAPolicy:
