@@ -204,6 +204,32 @@ def test_a_swept_value_that_makes_no_sense_is_refused_by_entry(folder: Path, tmp
     assert caught.value.code == "bad_catalog"
 
 
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        (("labels", "--tower", "expert"), "no_token_basis"),
+        (("search", "up", "--tower", "expert"), "no_token_basis"),
+        (("make", "neurons", "up", "--neurons", "0:1"), "which_tower"),
+        (("make", "neurons", "up", "--neurons", "2:1", "--tower", "prefix"), "dead_layer"),
+        (("make", "neurons", "up", "--neurons", "0:1", "--tower", "expert", "--span", "text"), "bad_span"),
+        (("make", "word", "up", "--words", "up", "--against", "low", "--tower", "expert"), "no_token_basis"),
+    ],
+)
+def test_the_command_line_refuses_the_wrong_tower_in_a_sentence(
+    folder: Path, tmp_path: Path, given: tuple[str, ...], code: str
+) -> None:
+    where = ["--policy", str(folder / "tiny.yaml"), "--cache", str(tmp_path)]
+    where += ["--store", str(tmp_path / "store")] if given[0] == "make" else []
+    result = CliRunner().invoke(app, [*given, *where])
+    assert isinstance(result.exception, SteerError), result.output
+    assert result.exception.code == code
+
+
+def test_labels_and_searches_read_the_tower_that_has_words(folder: Path, tmp_path: Path) -> None:
+    where = ("--policy", folder / "tiny.yaml", "--cache", tmp_path)
+    assert "Labels of tiny" in run(folder, "labels", "--layers", "0", "--neurons", "0-1", *where).output
+
+
 # by hand
 
 
