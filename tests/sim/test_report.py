@@ -153,3 +153,19 @@ def test_report_verb_draws_a_saved_record_again(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(tmp_path / "episode")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "report.html").stat().st_size > 1_000_000
+
+
+def test_actions_that_are_no_tokens_are_shown_without_bins_and_said_to_be_denoised(tmp_path: Path) -> None:
+    record = small_record()
+    shape = (*record.actions.shape, 0)
+    flow = dataclasses.replace(
+        record,
+        tokens=np.zeros_like(record.tokens),
+        bins=np.zeros(shape, np.float32),
+        bin_values=np.zeros(0, np.float32),
+    )
+    page = _page(report.render(flow, tmp_path / "r.html").read_text())
+    assert "This policy denoises its actions, from the same noise" in page
+    assert 'id="actions"' in page
+    for word in ('id="bins"', "Probability of each action bin", "tokens changed", "total variation"):
+        assert word not in page
