@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ros_nodes.parameters import parameter
 from steer_runtime.directions.direction import Axis, Direction
@@ -25,6 +26,13 @@ class PolicyParameters:
     policy: str = parameter("", "policy to load: a YAML file, or the name of one in configs/policies")
     device: str = parameter("cpu", "torch device of the policy")
     torch_threads: int = parameter(0, "threads of torch; 0 keeps torch's choice", low=0, high=256)
+    action_steps: int = parameter(
+        0,
+        "rows of a chunk that are handed on, of a policy that computes more; 0 keeps the policy's own number. A free-running "
+        "robot needs rows for its replan_steps and for the steps that an inference takes",
+        low=0,
+        high=1024,
+    )
     direction_store: str = parameter("", "folder of directions and axes; empty loads none")
     directions: tuple[str, ...] = parameter((), "directions to load, as name or name@hash; empty loads the whole store")
     autostart: bool = parameter(
@@ -81,6 +89,8 @@ def load(
     if wanted.torch_threads:
         torch.set_num_threads(wanted.torch_threads)
     policy = load_policy(wanted.policy, device=wanted.device)
+    if wanted.action_steps:
+        _hand_on(policy, wanted.action_steps)
     directions, axes = _read_store(wanted, policy)
     limits = Limits(
         max_age_s=wanted.command_max_age_s,
@@ -93,6 +103,17 @@ def load(
     engine = SteeringEngine(policy, directions, axes, limits=limits)
     loop = InferenceLoop(policy, engine, on_chunk, on_event, max_restarts=wanted.max_restarts)
     return Loaded(policy, engine, loop, tuple((d.name, d.id, d.max_strength) for d in directions))
+
+
+def _hand_on(policy: Any, rows: int) -> None:
+    chunk = policy.config.chunk
+    if not hasattr(policy, "action_steps") or rows > chunk:
+        does = f"computes chunks of {chunk}" if hasattr(policy, "action_steps") else "hands on every row it computes"
+        raise SteerError(
+            "bad_parameter",
+            f"parameter 'action_steps' is {rows} and policy {policy.name!r} {does}: leave it 0 or lower it",
+        )
+    policy.action_steps = rows
 
 
 def _check(wanted: PolicyParameters) -> None:

@@ -19,13 +19,15 @@ def write_policy(root: Path, fabricate: Any) -> Path:
     return path
 
 
-def make_direction(policy: Policy, name: str, alpha: float, *, max_strength: float = 1.0) -> Direction:
+def make_direction(
+    policy: Policy, name: str, alpha: float, *, max_strength: float = 1.0, tower_name: str = "lm"
+) -> Direction:
     """Twenty neurons over all layers, strong enough to change the actions of a tiny policy."""
-    tower = policy.towers["lm"]
+    tower = policy.towers[tower_name]
     flat = np.random.default_rng(len(name)).choice(tower.layers * tower.d_ff, size=20, replace=False)
     return Direction(
         name=name,
-        tower="lm",
+        tower=tower_name,
         model_hash=policy.model_hash,
         layers=tower.layers,
         d_model=tower.d_model,
