@@ -1,7 +1,9 @@
 """Which variant of a swept catalog entry to keep, by what each did on moments that are not the ones it is judged on.
 
-Rule: over variants and strengths, the largest mean over an entry's ends of (on-axis effect - damage), both in standard
-deviations of the unsteered policy as `score_summary` has them. What is added is linear in strength, so the chosen strength
+Rule: of an entry's variants at the strengths tried, the on-axis effect is that of its weaker end and the damage that of its
+worse one, both in standard deviations of the unsteered policy as `score_summary` has them. Of those whose effect reaches an
+aim, the one with the least damage; where none does, the one with the largest effect less damage. So directions of all
+finders are brought to one effect and differ by what it costs. What is added is linear in strength, so the chosen strength
 becomes a factor of the direction: strength 1 is then what was chosen.
 
 Invariant: an entry is chosen whole, one variant and one strength for both ends of an axis.
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from steer_runtime.directions.building import CatalogFile, Entry
@@ -24,22 +25,24 @@ from steer_runtime.directions.score_page import SCHEMA
 from steer_runtime.errors import SteerError
 
 MAX_BYTES = 1 << 28
+AIM = 1.0
+"""Standard deviations."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """What became of an entry. variant: the entry that is kept, without a sweep; strength: at which it did best.
 
-    net, on, damage: means over its ends there. tried: variant -> its best net. missing: variants that the score does not
-    have, since their finder refused or nobody scored them. scaled: whether the strength is a factor.
+    on, damage: there. reaches: whether that is the aim. tried: variant -> its largest effect less damage. missing: variants
+    that the score does not have, since their finder refused or nobody scored them. scaled: whether the strength is a factor.
     """
 
     entry: Entry
     variant: Entry
     strength: float
-    net: float
     on: float
     damage: float
+    reaches: bool
     tried: Mapping[str, float]
     missing: tuple[str, ...]
     scaled: bool
@@ -71,15 +74,17 @@ def read_score(path: Path) -> dict[str, Any]:
     return document
 
 
-def choose(catalog: CatalogFile, document: Mapping[str, Any], reading: str = "executed") -> list[Choice]:
-    """A choice for every entry of which the score has a variant.
+def choose(
+    catalog: CatalogFile, document: Mapping[str, Any], reading: str = "executed", aim: float = AIM
+) -> list[Choice]:
+    """A choice for every entry of which the score has a variant; aim: on-axis effect of both ends.
 
     Raises SteerError('not_scored') where it has none of any entry, and for an entry whose name claims nothing.
     """
     names = {h: str(card["name"]) for h, card in document["directions"].items()}
     points = {names[s["hash"]]: s["points"] for s in document["readings"][reading]["scores"]}
     forms = {str(card["name"]): (card["form"], card["op"]) for card in document["directions"].values()}
-    made = [_choice(entry, points, forms) for entry in catalog.entries]
+    made = [_choice(entry, points, forms, aim) for entry in catalog.entries]
     choices = [choice for choice in made if choice is not None]
     if not choices:
         raise SteerError("not_scored", "the score has none of the catalog's entries: build and score them first")
@@ -87,50 +92,60 @@ def choose(catalog: CatalogFile, document: Mapping[str, Any], reading: str = "ex
 
 
 def _choice(
-    entry: Entry, points: Mapping[str, Sequence[Mapping[str, Any]]], forms: Mapping[str, tuple[str, str]]
+    entry: Entry,
+    points: Mapping[str, Sequence[Mapping[str, Any]]],
+    forms: Mapping[str, tuple[str, str]],
+    aim: float,
 ) -> Choice | None:
-    best: tuple[float, str, float, float, float] | None = None
     tried: dict[str, float] = {}
     missing = []
+    found: list[tuple[bool, float, float, str, float, float]] = []  # best last
     for name in entry.variants:
         ends = [f"{name}-negative", f"{name}-positive"] if entry.axis else [name]
         if any(end not in points for end in ends):
             missing.append(name)
             continue
-        by_strength: dict[float, list[tuple[float, float]]] = {}
-        for point in (p for end in ends for p in points[end]):
-            if point["strength"] > 0 and point["on"] is not None:
-                by_strength.setdefault(point["strength"], []).append((point["on"], point["damage"]))
-        # A strength at which an end was refused is no strength for the axis.
-        whole = {s: np.mean(told, axis=0) for s, told in by_strength.items() if len(told) == len(ends)}
+        whole = _of_ends([points[end] for end in ends])
         if not whole:
             raise SteerError(
                 "not_scored",
                 f"direction {ends[0]!r} claims nothing that was scored: give the entry a name that does, or score with --on",
             )
-        nets = {s: float(on - damage) for s, (on, damage) in whole.items()}
-        strength = max(nets, key=lambda s: (nets[s], -s))
-        tried[name] = nets[strength]
-        if best is None or nets[strength] > best[0]:
-            best = (nets[strength], name, strength, float(whole[strength][0]), float(whole[strength][1]))
-    if best is None:
+        tried[name] = max(on - damage for on, damage in whole.values())
+        for strength, (on, damage) in whole.items():
+            reaches = on >= aim
+            found.append((reaches, -damage if reaches else on - damage, -strength, name, on, damage))
+    if not found:
         return None
-    net, name, strength, on, damage = best
+    reaches, _, strength, name, on, damage = max(found)
     form, op = forms[f"{name}-positive" if entry.axis else name]
     linear = form == "dense" or op == "add"
-    return Choice(entry, entry.variants[name], strength, net, on, damage, tried, tuple(missing), linear)
+    return Choice(entry, entry.variants[name], -strength, on, damage, reaches, tried, tuple(missing), linear)
+
+
+def _of_ends(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[float, tuple[float, float]]:
+    """Strength -> (effect of the weaker end, damage of the worse one), where every end was measured."""
+    told: dict[float, list[tuple[float, float]]] = {}
+    for point in (p for curve in curves for p in curve):
+        if point["strength"] > 0 and point["on"] is not None:
+            told.setdefault(point["strength"], []).append((point["on"], point["damage"]))
+    return {
+        s: (min(on for on, _ in ends), max(damage for _, damage in ends))
+        for s, ends in told.items()
+        if len(ends) == len(curves)
+    }
 
 
 def save(catalog: CatalogFile, choices: Sequence[Choice], document: Mapping[str, Any], path: Path) -> Path:
     """Write a catalog of what was chosen, without sweeps, with how it was chosen above it. Raises SteerError('not_written')."""
     moments = document["moments"]
     lines = [
-        f"# Chosen on {moments['used']} moments of {moments['episodes']} episodes ({moments['file']}): for each entry the variant",
-        "# and strength with the largest on-axis effect less damage (standard deviations, mean over the ends of an axis).",
-        "# What is added has the chosen strength in its alpha.",
+        f"# Chosen on {moments['used']} moments of {moments['episodes']} episodes ({moments['file']}): of each entry the variant and",
+        "# strength with the least damage whose on-axis effect reaches the aim, or with the largest effect less damage where none",
+        "# does (standard deviations, of the weaker and the worse end). What is added has the chosen strength in its alpha.",
         *(
-            f"#   {c.entry.name}: {c.variant.name} at {c.strength:g}, on-axis {c.on:+.2f}, damage {c.damage:.2f}; "
-            f"{len(c.tried)} tried, {min(c.tried.values()):+.2f} to {max(c.tried.values()):+.2f}"
+            f"#   {c.entry.name}: {c.variant.name} at {c.strength:g}, on-axis {c.on:+.2f}, damage {c.damage:.2f}"
+            f"{'' if c.reaches else ' (short of the aim)'}"
             for c in choices
         ),
     ]

@@ -22,31 +22,33 @@ def choose(
     file: Annotated[Path, typer.Argument(help="Catalog file whose entries sweep options.")],
     scored: Annotated[Path, typer.Option(help="score.json of what was built from it.")],
     out: Annotated[Path, typer.Option(help="The catalog file to write; one that is there is replaced.")],
+    aim: Annotated[
+        float, typer.Option(min=0, help="On-axis effect that both ends are to reach, in standard deviations.")
+    ] = 1.0,
     reading: Annotated[str, typer.Option(help="executed or expected, as in `score`.")] = "executed",
 ) -> None:
-    """Keep, of every entry of a swept catalog, the variant and strength with the largest on-axis effect less damage.
+    """Keep, of every entry of a swept catalog, the variant and strength that reach an effect with the least damage.
 
-    Choose on other moments than those on which the result is shown.
+    Where none reaches it: the one with the largest on-axis effect less damage. Choose on other moments than those on which
+    the result is shown.
     """
     from steer_runtime.directions import choosing
     from steer_runtime.directions.building import read_catalog
 
     catalog = read_catalog(file)
     document = choosing.read_score(scored)
-    choices = choosing.choose(catalog, document, reading)
-    table = new_table("Chosen", "entry", "variant", "strength", "on-axis", "damage", "tried", "worst", "best")
+    choices = choosing.choose(catalog, document, reading, aim)
+    table = new_table("Chosen", "entry", "variant", "strength", "on-axis", "damage", "reaches the aim", "tried")
     for c in choices:
-        cells = (
-            c.entry.name,
-            c.variant.name.removeprefix(c.entry.name).lstrip("."),
+        variant = c.variant.name.removeprefix(c.entry.name).lstrip(".")
+        numbers = (
             f"{c.strength:g}",
             f"{c.on:+.2f}",
             f"{c.damage:.2f}",
+            "yes" if c.reaches else "no",
             str(len(c.tried)),
-            f"{min(c.tried.values()):+.2f}",
-            f"{max(c.tried.values()):+.2f}",
         )
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in (c.entry.name, variant, *numbers)))
     new_console().print(table)
     without = sorted({e.name for e in catalog.entries} - {c.entry.name for c in choices})
     missing = [*without, *(name for c in choices for name in c.missing)]
