@@ -5,9 +5,9 @@ tokens of OpenVLA, or `action_out_proj` of Pi0's expert (`ActionBasis`).
 Invariant: no observation is looked at.
 
 Honest limits. Where actions are tokens, all dimensions share the same rows, so the rows cannot tell dz from the gripper;
-which dimension a token moves comes with its position. In an expert of a flow policy what is added to the flow v at one step
-is mostly undone by the next, since v leads from wherever a step arrived to the action that the policy means:
-x_t = (1 - t) a + t e and v = (x_t - a) / t, so of a constant shift d of v only the last step's dt d is left.
+which dimension a token moves comes with its position. In an expert of a flow policy the next steps work against what was
+added to the flow v at one: were v exact for one action a, x_t = (1 - t) a + t e and v = (x_t - a) / t, of a constant shift d
+of v only the last step's dt d would be left.
 """
 
 from __future__ import annotations
