@@ -255,7 +255,8 @@ def two_tasks(config: Path, folder: Path) -> Path:
 
 
 def command(config: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "steer_runtime.cli.main", "eval", "study", str(config), "--out", str(out), *more]
+    script = "from steer_runtime.cli.main import main; main()"
+    words = [sys.executable, "-c", script, "eval", "study", str(config), "--out", str(out), *more]
     root = Path(__file__).parents[2]
     return subprocess.Popen(
         words, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -279,7 +280,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def wait_for(what: object, seconds: float = 240.0) -> None:
+def wait_for(what: object, seconds: float = 900.0) -> None:
     assert callable(what)
     end = time.monotonic() + seconds
     while not what():
@@ -288,6 +289,7 @@ def wait_for(what: object, seconds: float = 240.0) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(3600)
 def test_a_study_killed_at_any_moment_ends_with_the_same_rows(config: Path, two_tasks: Path, tmp_path: Path) -> None:
     for after in (2, 7, 15):
         process = command(config, tmp_path, "--workers", "2")
@@ -297,7 +299,7 @@ def test_a_study_killed_at_any_moment_ends_with_the_same_rows(config: Path, two_
         process.send_signal(signal.SIGKILL)
         process.wait()
         # Workers of a killed study end by themselves.
-        wait_for(lambda mine=mine: not any(map(running, mine)), 60)
+        wait_for(lambda mine=mine: not any(map(running, mine)), 300)
     assert command(config, tmp_path, "--workers", "2").wait() == 0
     study_world.require_equal(two_tasks, tmp_path)
     keys = [json.loads(line).get("key") for line in (tmp_path / JOURNAL_FILE).read_text().splitlines()[1:]]
@@ -305,6 +307,7 @@ def test_a_study_killed_at_any_moment_ends_with_the_same_rows(config: Path, two_
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(3600)
 def test_a_worker_that_is_killed_is_replaced(config: Path, two_tasks: Path, tmp_path: Path) -> None:
     process = command(config, tmp_path)
     wait_for(lambda: lines_of(tmp_path) >= 2)
@@ -315,6 +318,7 @@ def test_a_worker_that_is_killed_is_replaced(config: Path, two_tasks: Path, tmp_
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(3600)
 def test_interrupt_finishes_what_runs_and_writes_the_tables(config: Path, two_tasks: Path, tmp_path: Path) -> None:
     process = command(config, tmp_path)
     wait_for(lambda: lines_of(tmp_path) >= 2)
@@ -327,6 +331,7 @@ def test_interrupt_finishes_what_runs_and_writes_the_tables(config: Path, two_ta
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(3600)
 def test_ray_gives_the_same_rows(config: Path, two_tasks: Path, tmp_path: Path) -> None:
     assert command(config, tmp_path, "--ray", "local", "--workers", "2").wait() == 0
     study_world.require_equal(two_tasks, tmp_path)

@@ -59,6 +59,7 @@ def asked(folder: Path, *conditions: Any, **changes: Any) -> StudySettings:
         ({"suites": [{"suite": "libero_object", "limit": 0}]}, r"limit: Input should be greater than or equal to 1"),
         ({"suites": [{"suite": "libero_object", "layout": "wild"}]}, r"layout: Input should be 'official'"),
         ({"meshes": "thick"}, r"meshes: Input should be 'original' or 'thin'"),
+        ({"device": "tpu"}, r"device: String should match pattern"),
         ({"size": 4}, r"size: Input should be greater than or equal to 16"),
         ({"seeds": [-1]}, r"seeds: expected whole numbers from 0 on"),
         ({"policy": None}, r"policy: Input should be a valid string \(given None\)"),

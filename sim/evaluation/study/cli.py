@@ -44,15 +44,15 @@ def study(
     """
     from sim.benchmark import use_software_rendering
     from sim.evaluation.study.run import open_journal, prepare, run
-    from sim.evaluation.study.settings import read_settings
+    from sim.evaluation.study.settings import StudySettings, read_settings
     from steer_runtime.errors import SteerError
     from steer_runtime.policies import load_policy
 
-    settings = read_settings(config)
+    settings = read_settings(config, StudySettings)
     if out is None and not dry_run:
         raise SteerError("bad_out", "no folder was given: expected --out FOLDER, or --dry-run to see the plan alone")
     use_software_rendering()
-    loaded = load_policy(settings.policy, checkpoint=settings.checkpoint)
+    loaded = load_policy(settings.policy, checkpoint=settings.checkpoint, device=settings.device)
     ready = prepare(settings, loaded)
     if dry_run:
         _show_plan(ready, loaded, out, workers)
@@ -151,8 +151,9 @@ def _show_plan(ready: Study, policy: LoadedPolicy, out: Path | None, workers: in
         "as the episodes of this folder took" if known else f"an inference of {seconds:.2f} s, pictures from a table"
     )
     hours = guess.hours / workers
+    long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
     console.print(
-        f"{len(missing)} episodes in {guess.scenes} scenes: at most {hours:.1f} h with {workers} "
+        f"{len(missing)} episodes in {guess.scenes} scenes: at most {long} with {workers} "
         f"worker{'s' * (workers > 1)} (every episode at its step limit; {basis})"
     )
 

@@ -36,12 +36,20 @@ _OTHER_END = 1_000_003
 
 @dataclass(frozen=True)
 class Written:
-    """What is written, ready to attach: `direction` at `strength` in [0, 1], sign: of the strength that people read."""
+    """What is written, ready to attach: `direction` at `strength` in [0, 1], sign: of the strength that people read.
+
+    ramp_s: seconds of the episode over which the strength grows from 0, in a straight line; it changes at inferences.
+    """
 
     direction: Direction
     id: str
     strength: float
     sign: float
+    ramp_s: float = 0.0
+
+    def strength_at(self, seconds: float) -> float:
+        """The strength at a moment of the episode."""
+        return self.strength if seconds >= self.ramp_s else self.strength * seconds / self.ramp_s
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Condition:
             "label": self.label, "kind": self.kind, "direction": self.direction, "strength": self.strength,
             "draw": self.draw, "written": None if self.written is None else self.written.id,
             "wording": self.wording, "factor": self.factor,
+            **({"ramp_s": self.written.ramp_s} if self.written is not None and self.written.ramp_s else {}),
         }  # fmt: skip
 
 
@@ -74,7 +83,7 @@ def resolve(settings: StudySettings, policy: Policy) -> tuple[Condition, ...]:
 
     Raises SteerError: 'no_store', 'bad_strength', 'bad_condition', 'ambiguous_condition', and as the store and `controls`.
     """
-    finder = _Finder(settings, policy)
+    finder = Finder(settings, policy)
     out: list[Condition] = []
     for one in settings.conditions:
         out += _expand(one, finder)
@@ -91,7 +100,7 @@ def directions_of(conditions: tuple[Condition, ...]) -> dict[str, dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Ends:
+class Ends:
     """A direction, or the two ends of an axis."""
 
     positive: Direction
@@ -109,22 +118,24 @@ class _Ends:
         return self.negative
 
 
-class _Finder:
+class Finder:
+    """Directions and axes of a study's store that fit a policy. Raises SteerError('no_store'), and as the store does."""
+
     def __init__(self, settings: StudySettings, policy: Policy) -> None:
         self.policy = policy
         self._store = None if settings.store is None else DirectionStore(settings.store)
-        self._found: dict[str, _Ends] = {}
+        self._found: dict[str, Ends] = {}
         self._drawn: dict[tuple[str, int, int], list[Direction]] = {}
 
-    def ends(self, name: str) -> _Ends:
+    def ends(self, name: str) -> Ends:
         if self._store is None:
             raise SteerError("no_store", f"the study names {name!r} but no `store`: give the folder of its directions")
         if name not in self._found:
             if self._store.has_axis(name):
                 axis = self._store.load_axis(name)
-                self._found[name] = _Ends(self._load(axis.positive), self._load(axis.negative))
+                self._found[name] = Ends(self._load(axis.positive), self._load(axis.negative))
             else:
-                self._found[name] = _Ends(self._load(name), None)
+                self._found[name] = Ends(self._load(name), None)
         return self._found[name]
 
     def draws(self, direction: Direction, count: int, seed: int) -> list[Direction]:
@@ -146,7 +157,7 @@ class _Finder:
         return found
 
 
-def _expand(one: Any, finder: _Finder) -> Iterator[Condition]:
+def _expand(one: Any, finder: Finder) -> Iterator[Condition]:
     match one:
         case Unsteered():
             yield Condition("unsteered", "unsteered", starts=one.starts)
@@ -185,7 +196,7 @@ def _written(direction: Direction, signed: float) -> Written:
     return Written(attached, direction.id, abs(signed), -1.0 if signed < 0 else 1.0)
 
 
-def _opposite(one: Opposite, finder: _Finder, strength: float) -> Direction:
+def _opposite(one: Opposite, finder: Finder, strength: float) -> Direction:
     ends = finder.ends(one.of)
     if one.by is not None:
         other = finder.ends(one.by)

@@ -109,7 +109,7 @@ class _Actor:
 
 
 class RayActor:
-    """A seat somewhere on a cluster, with one CPU of its own."""
+    """A seat somewhere on a cluster, with a CPU of its own, and a GPU where the policy runs on one."""
 
     def __init__(self, ray: Any) -> None:
         self.deaths: tuple[type[BaseException], ...] = (ray.exceptions.RayActorError,)
@@ -118,7 +118,9 @@ class RayActor:
 
     def open(self, work: Work) -> Future[Refused | None]:
         environment = {**THREADS, **{name: os.environ[name] for name in _GL if name in os.environ}}
-        self._actor = self._ray.remote(num_cpus=1, runtime_env={"env_vars": environment})(_Actor).remote()
+        gpus = 0 if work.shared["device"] == "cpu" else 1
+        remote = self._ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment})
+        self._actor = remote(_Actor).remote()
         return self._actor.open.remote(work).future()
 
     def run(self, job: Job) -> Future[Finished]:

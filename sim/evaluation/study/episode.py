@@ -10,6 +10,7 @@ import datetime
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,10 @@ class EpisodeRunner:
         # One thread a worker: sums are then taken in one order everywhere, and workers do not fight for cores.
         torch.set_num_threads(1)
         self.work = work
-        self._policy = policy or load_policy(work.policy, checkpoint=work.checkpoint, progress=lambda _: None)  # type: ignore[arg-type]
+        checkpoint = None if work.checkpoint is None else Path(work.checkpoint)
+        self._policy = policy or load_policy(
+            work.policy, checkpoint=checkpoint, device=work.shared["device"], progress=lambda _: None
+        )
         if self._policy.model_hash != work.model_hash:
             raise SteerError(
                 "other_model",
@@ -155,7 +159,7 @@ class _Facts:
 
     def __init__(self, work: Work, job: Job) -> None:
         self.work, self.job = work, job
-        self.condition = work.conditions[job.condition]
+        self.condition = job.given or work.conditions[job.condition]
         self.inferences: list[Inference] = []
         self.taken = self.clamped = 0
         self.task = self.instruction = ""
@@ -281,10 +285,14 @@ class _Episode(_Facts):
         if written is None:
             return lambda observation: self._told(observation, self._ask(observation)), nullcontext()
         steering = OfflineSteering(self.policy, [written.direction], measure_dose=bool(self.work.shared["dose"]))
+        now: float | None = None
 
         def infer(observation: Observation) -> Inference:
-            if not self.inferences:
-                steering.set({STEERED: written.strength})
+            nonlocal now
+            strength = written.strength_at(self.taken / RATE_HZ)
+            if strength != now:
+                steering.set({STEERED: strength})
+                now = strength
             answer, record = steering.run(lambda: self._ask(observation))
             alarms = steering.engine.state().alarms
             if alarms:

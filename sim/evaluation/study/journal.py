@@ -90,6 +90,10 @@ class Journal:
         self.write_sidecar({**facts, "episodes": _counts(planned, rows), "gl_backends": _backends(rows)})
         return len(table), steps
 
+    def steps(self, key: str) -> pa.Table:
+        """The steps of a finished episode, `records.STEPS`."""
+        return pq.read_table(self._steps(key), schema=records.STEPS)
+
     def write_sidecar(self, facts: Mapping[str, Any]) -> None:
         """Raises SteerError('not_written')."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -116,7 +120,7 @@ class Journal:
     def _grouped(self, keys: Sequence[str]) -> Iterator[pa.Table]:
         waiting: list[pa.Table] = []
         for key in keys:
-            waiting.append(pq.read_table(self._steps(key), schema=records.STEPS))
+            waiting.append(self.steps(key))
             if sum(map(len, waiting)) >= _GROUP:
                 yield pa.concat_tables(waiting).combine_chunks()
                 waiting = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sim.benchmark import find_task, step_limit, task_counts
@@ -25,7 +25,8 @@ from steer_runtime.errors import SteerError
 class Job:
     """One episode to run. start: number of the official initial state, or of a layout. condition: its label.
 
-    fingerprint: hash of all that decides it besides policy and simulator.
+    fingerprint: hash of all that decides it besides policy and simulator. given: the condition itself, where it was made
+    after the workers were told of theirs.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Job:
     limit: int
     condition: str
     fingerprint: str
+    given: Condition | None = None
 
     @property
     def scene(self) -> tuple[str, int, bool]:
@@ -105,15 +107,25 @@ def _of_task(
             for condition in conditions:
                 if condition.starts is not None and number >= condition.starts:
                     continue
-                decided = {"pair": pair, "limit": limit, "condition": condition.facts, **settings.shared}
-                digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
                 out.append(
                     Job(
                         f"{pair}/{condition.label}", pair, wanted.suite, task_id, wanted.layout, start, seed, limit,
-                        condition.label, digest,
+                        condition.label, _fingerprint(pair, limit, condition, settings),
                     )
                 )  # fmt: skip
     return out
+
+
+def given(job: Job, condition: Condition, settings: StudySettings) -> Job:
+    """The same start under a condition that no worker was told of."""
+    digest = _fingerprint(job.pair, job.limit, condition, settings)
+    key = f"{job.pair}/{condition.label}"
+    return replace(job, key=key, condition=condition.label, fingerprint=digest, given=condition)
+
+
+def _fingerprint(pair: str, limit: int, condition: Condition, settings: StudySettings) -> str:
+    decided = {"pair": pair, "limit": limit, "condition": condition.facts, **settings.shared}
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import platform
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sim.benchmark import use_software_rendering, versions
 from sim.evaluation.study.conditions import Condition, directions_of, resolve
@@ -48,13 +49,13 @@ class Study:
     facts: Mapping[str, Any]
 
 
-def prepare(settings: StudySettings, policy: LoadedPolicy) -> Study:
-    """Plan a study of a loaded policy. Raises SteerError as `resolve` and `jobs`."""
+def prepare(settings: StudySettings, policy: LoadedPolicy, more: Sequence[Condition] = ()) -> Study:
+    """Plan a study of a loaded policy. more: conditions beside those of the file. Raises SteerError as `resolve` and `jobs`."""
     from sim.evaluation.episodes import identity
     from sim.evaluation.study.episode import Work
 
     backend = use_software_rendering()
-    conditions = resolve(settings, policy)
+    conditions = (*resolve(settings, policy), *more)
     planned = tuple(jobs(settings, conditions))
     simulator = versions()
     # Not known before the first scene is built: it comes with every episode.
@@ -117,19 +118,45 @@ def run(
     kept.write_sidecar(study.facts)
     if missing:
         work = replace(study.work, videos=videos)
-        count = min(workers, len(missing))
-        if seats is not None:
-            _Shift(work, missing, kept, stop, on_episode).work_on(seats)
-        elif ray is not None:
-            with on_ray(ray, count) as actors:
-                _Shift(work, missing, kept, stop, on_episode).work_on(actors)
-        else:
-            with processes(count) as own:
-                _Shift(work, missing, kept, stop, on_episode).work_on(own)
+        with hired(min(workers, len(missing)), ray, seats) as crew:
+            open_seats(crew, work)
+            Shift(work, _ByScene(missing), kept, stop, on_episode).work_on(crew)
     kept.write_tables(study.planned, study.facts)
 
 
-class _Queue:
+@contextmanager
+def hired(count: int, ray: str | None = None, seats: Sequence[Seat] | None = None) -> Iterator[Sequence[Seat]]:
+    """Workers: those that are there already, actors of a Ray cluster, or processes. Raises SteerError('no_ray')."""
+    if seats is not None:
+        yield seats
+    elif ray is not None:
+        with on_ray(ray, count) as actors:
+            yield actors
+    else:
+        with processes(count) as own:
+            yield own
+
+
+def open_seats(seats: Sequence[Seat], work: Work) -> None:
+    """Tell every worker what it needs to know. Raises SteerError with what one of them refuses."""
+    opening = [seat.open(its) for seat, its in zip(seats, numbered(work, len(seats)), strict=True)]
+    for seat, opened in zip(seats, opening, strict=True):
+        _require_open(seat, opened)
+
+
+class Queue(Protocol):
+    """Episodes that wait for a worker."""
+
+    def next(self, now: tuple[str, int, bool] | None) -> Job | None:
+        """The next episode for a worker that has scene `now` open; None where there is none for it."""
+
+    def put_back(self, job: Job) -> None:
+        """An episode whose worker died; any worker may run it."""
+
+    def __bool__(self) -> bool: ...
+
+
+class _ByScene:
     """Missing episodes by scene. A worker stays with a scene; others take it over only where enough is left."""
 
     def __init__(self, missing: Sequence[Job]) -> None:
@@ -139,7 +166,6 @@ class _Queue:
         self._taken: set[tuple[str, int, bool]] = set()
 
     def next(self, now: tuple[str, int, bool] | None) -> Job | None:
-        """The next episode for a worker that has scene `now` open."""
         if now is not None and self._scenes.get(now):
             return self._scenes[now].popleft()
         for scene, left in self._scenes.items():
@@ -150,7 +176,6 @@ class _Queue:
         return self._scenes[scene].pop() if len(self._scenes[scene]) >= STEAL else None
 
     def put_back(self, job: Job) -> None:
-        """An episode whose worker died; any worker may have its scene."""
         self._scenes[job.scene].appendleft(job)
         self._taken.discard(job.scene)
 
@@ -158,26 +183,24 @@ class _Queue:
         return any(self._scenes.values())
 
 
-class _Shift:
-    """Hands out episodes and keeps what comes back."""
+class Shift:
+    """Hands out the episodes of a queue to open seats and keeps what comes back."""
 
     def __init__(
         self,
         work: Work,
-        missing: Sequence[Job],
+        queue: Queue,
         kept: Journal,
         stop: Callable[[], bool],
         on_episode: Callable[[Row], None] | None,
     ) -> None:
         self._work, self._kept, self._stop, self._on_episode = work, kept, stop, on_episode
-        self._queue = _Queue(missing)
+        self._queue = queue
         self._running: dict[Future[Finished], tuple[Seat, Job]] = {}
         self._deaths: dict[str, int] = {}
 
     def work_on(self, seats: Sequence[Seat]) -> None:
-        opening = [seat.open(work) for seat, work in zip(seats, numbered(self._work, len(seats)), strict=True)]
-        for seat, opened in zip(seats, opening, strict=True):
-            _require_open(seat, opened)
+        """Until the queue is empty, or somebody stops it. seats: open ones."""
         for seat in seats:
             self._send(seat, None)
         while self._running:

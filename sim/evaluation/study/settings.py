@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -180,7 +180,8 @@ class StudySettings(_Strict):
     seeds: of the policy's draws (each start runs with each). environment_seed: of the simulator's placement of fixtures.
     size: pixels of both cameras. after_success: steps that an episode goes on after success, in which letting go is looked
     for; the benchmark's protocol has none. replan: actions of a chunk that are executed before the next inference, all
-    where it is not given. dose: measure relative doses. thin meshes are five times cheaper to draw, and no benchmark's.
+    where it is not given. dose: measure relative doses. device: of the policy, cpu or cuda. thin meshes are five times
+    cheaper to draw, and no benchmark's.
     """
 
     policy: str
@@ -194,24 +195,31 @@ class StudySettings(_Strict):
     after_success: Annotated[int, Field(ge=0, le=400)] = 0
     replan: Annotated[int, Field(ge=1)] | None = None
     dose: bool = True
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     conditions: Annotated[tuple[AnyCondition, ...], Field(min_length=1)]
 
     @property
     def shared(self) -> dict[str, Any]:
         """What all episodes have in common, as JSON."""
         return self.model_dump(
-            mode="json", include={"environment_seed", "meshes", "size", "after_success", "replan", "dose"}
+            mode="json", include={"environment_seed", "meshes", "size", "after_success", "replan", "dose", "device"}
         )
 
 
-def read_settings(path: Path) -> StudySettings:
-    """The checked content of a study's YAML, its paths made absolute. Raises SteerError('bad_study')."""
+Settings = TypeVar("Settings", bound=StudySettings)
+
+
+def read_settings(path: Path, form: type[Settings] = StudySettings) -> Settings:  # type: ignore[assignment]
+    """The checked content of a study's YAML, its paths made absolute. form: what the file holds, a study or more.
+
+    Raises SteerError('bad_study').
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise SteerError("bad_study", f"{path} is not readable YAML ({text}): correct the file") from None
-    settings = check(raw, str(path))
+    settings = check(raw, str(path), form)
     folder = path.resolve().parent
     beside = {
         name: (folder / value.expanduser()).resolve()
@@ -223,10 +231,10 @@ def read_settings(path: Path) -> StudySettings:
     return settings.model_copy(update=beside)
 
 
-def check(raw: Any, what: str) -> StudySettings:
+def check(raw: Any, what: str, form: type[Settings] = StudySettings) -> Settings:  # type: ignore[assignment]
     """A study from plain data. what: where it came from, for the sentence. Raises SteerError('bad_study')."""
     try:
-        return StudySettings.model_validate(raw)
+        return form.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
