@@ -254,7 +254,8 @@ def check(folder: Annotated[Path, typer.Argument(help="A folder that `steer data
 
 @app.command(
     epilog="Examples:  steer data moments out/data/object-held-out --out out/moments/neutral.safetensors  ·  "
-    "steer data moments out/data/object --out out/moments/told.safetensors --told --count 240 --episodes 40"
+    "steer data moments out/data/object --out out/moments/told.safetensors --told --count 240 --episodes 40  ·  "
+    "steer data moments out/data/object --out out/moments/carry.safetensors --parts carry --count 40 --episodes 40"
 )
 def moments(
     folder: Annotated[Path, typer.Argument(help="A folder that `steer data record` wrote, with pictures.")],
@@ -266,6 +267,9 @@ def moments(
     told: Annotated[
         bool, typer.Option("--told", help="Keep the prompt's words on pace, height and care; default: neutral prompts.")
     ] = False,
+    parts: Annotated[
+        str, typer.Option(help="Only these parts of an episode, comma separated, such as carry; empty: all four.")
+    ] = "",
     seed: int = 0,
 ) -> None:
     """Take observations and what was measured at them from a recording, for finders and for scoring directions."""
@@ -273,8 +277,11 @@ def moments(
     from steer_runtime.moments import QUANTITIES, save_moments
 
     spec = BankSpec(count, episodes, seed=seed, recording=str(folder), told=told)
-    found = recorded_moments(spec)
-    save_moments(out, found, {"recording": folder.name, "told": told, "seed": seed})
+    only = [name.strip() for name in parts.split(",") if name.strip()]
+    found = recorded_moments(spec, only)
+    save_moments(
+        out, found, {"recording": folder.name, "told": told, "seed": seed, **({"parts": only} if only else {})}
+    )
     phases = ", ".join(sorted({m.phase for m in found}))
     typer.echo(f"{len(found)} moments of {len({m.episode for m in found})} episodes ({phases}) written to {out}")
     typer.echo("measured: " + ", ".join(f"{name} ({unit})" for name, unit in QUANTITIES.items()))

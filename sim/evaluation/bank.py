@@ -23,11 +23,14 @@ from sim.evaluation.motion import RATE_HZ
 from sim.policy_actor import observation_of
 from sim.rollout import Assignment, Step, run
 from sim.scene import Scene
-from steer_runtime.errors import SteerError
+from steer_runtime.errors import SteerError, nearest
 from steer_runtime.moments import Moment, load_moments, save_moments
 from steer_runtime.types import Observation
 
-PARTS: tuple[tuple[str, ...], ...] = (("approach",), ("descend",), ("lift", "carry"), ("lower",))
+NAMED_PARTS: Mapping[str, tuple[str, ...]] = {
+    "approach": ("approach",), "descent": ("descend",), "carry": ("lift", "carry"), "lowering": ("lower",),
+}  # fmt: skip
+PARTS: tuple[tuple[str, ...], ...] = tuple(NAMED_PARTS.values())
 """Phases of the expert from which moments are taken, each part alike; squeezing and rest are left out."""
 NEAR = frozenset({"descend", "lower"})
 CARRIED = frozenset({"lift", "carry"})
@@ -70,18 +73,22 @@ def bank(
     if spec.recording:
         chosen = recorded_moments(spec)
     else:
-        chosen = _evenly(_played(spec, tasks, on_episode), spec.moments, spec.seed)
+        chosen = _evenly(_played(spec, tasks, on_episode), spec.moments, spec.seed, tuple(NAMED_PARTS))
     save_moments(path, chosen, settings)
     # Read back, so that a first run and one that goes on hold the same numbers.
     return _stored(path, settings)
 
 
-def recorded_moments(spec: BankSpec) -> list[Moment]:
-    """Moments of a recording, as many of each part as there are and `spec.moments` allows.
+def recorded_moments(spec: BankSpec, only: Sequence[str] = ()) -> list[Moment]:
+    """Moments of a recording, as many of each part as there are and `spec.moments` allows; only: of these parts.
 
-    Raises SteerError: 'no_recording', 'no_pictures', 'torn_file'.
+    Raises SteerError: 'no_recording', 'no_pictures', 'torn_file', 'unknown_part'.
     """
-    return _evenly(_recorded(spec), spec.moments, spec.seed)
+    unknown = [name for name in only if name not in NAMED_PARTS]
+    if unknown:
+        raise SteerError("unknown_part", f"part {unknown[0][:40]!r} is not known: {nearest(unknown[0], NAMED_PARTS)}")
+    parts = dict(zip(NAMED_PARTS, _recorded(spec), strict=True))
+    return _evenly([parts[name] for name in only or NAMED_PARTS], spec.moments, spec.seed, tuple(only or NAMED_PARTS))
 
 
 def bank_path(folder: Path, spec: BankSpec, tasks: Sequence[int]) -> Path:
@@ -168,11 +175,11 @@ def _part(phase: str) -> int | None:
     return next((i for i, phases in enumerate(PARTS) if phase in phases), None)
 
 
-def _evenly(parts: Sequence[Sequence[Moment]], count: int, seed: int) -> list[Moment]:
+def _evenly(parts: Sequence[Sequence[Moment]], count: int, seed: int, names: Sequence[str]) -> list[Moment]:
     """As many of each part as `count` allows, by seed."""
-    short = [PARTS[i] for i, part in enumerate(parts) if not part]
+    short = [name for name, part in zip(names, parts, strict=True) if not part]
     if short:
-        raise SteerError("no_recording", f"no moment of phase {short[0]} was found: use more episodes")
+        raise SteerError("no_recording", f"no moment of {short[0]} was found: use more episodes")
     rng = np.random.default_rng([seed, 0xBA])
     out: list[Moment] = []
     for i, part in enumerate(parts):
