@@ -96,9 +96,9 @@ class TestPaired:
         found = paired.sign_flip(darwin, list(range(15)))
         # 2^15 flips are more than are tried, so the answer has Monte-Carlo error.
         assert found.p == pytest.approx(1726 / 32768, abs=0.007)
-        # All six the same way: 2 of 64 flips, exactly; ties between equal differences count with them.
-        assert paired.sign_flip([1, 2, 3, 4, 5, 6], list(range(6))).p == 2 / 64
-        assert paired.sign_flip([1] * 12, [t for t in range(6) for _ in range(2)]).p == 2 / 64
+        # All eight the same way: 2 of 256 flips, exactly; ties between equal differences count with them.
+        assert paired.sign_flip([1, 2, 3, 4, 5, 6, 7, 8], list(range(8))).p == 2 / 256
+        assert paired.sign_flip([1] * 16, [t for t in range(8) for _ in range(2)]).p == 2 / 256
 
     def test_null_data_gives_the_nominal_rate_only_when_tasks_flip_whole(self) -> None:
         """300 studies without an effect, in which tasks differ: flips of tasks err in 5 % of them, flips of pairs far oftener."""

@@ -47,6 +47,6 @@ def report(
     command = f"steer eval study STUDY.yaml --out STUDY\nsteer eval report STUDY{extra}"
     document = page.document(read, analysis, command)
     for answer in document["answers"]:
-        typer.echo(answer["answer"])
+        typer.echo(f"{answer['headline']} {answer['evidence']}")
     typer.echo(str(page.save(document, path.with_name("summary.json"))))
     typer.echo(str(page.render(document, path, study)))

@@ -49,7 +49,7 @@ class Effect:
     """One condition against the unsteered one. change: of the claimed metric; mean: the metric's own mean over the pairs;
     share: change relative to the unsteered mean of the same pairs. first: the same change in the first action, before the
     robot moved (open loop). off: metric -> change in standard deviations of the unsteered episodes; damage: their root mean
-    square. all: metric -> change in its unit. works: see the module; None where no control was run or nothing was tested.
+    square. all: metric -> change in its unit; dose: the metric's own mean, since the unsteered policy has none. works: see the module; None where no control was run or nothing was tested.
     """
 
     label: str
@@ -69,6 +69,7 @@ class Effect:
     off: Mapping[str, Estimate]
     damage: float | None
     all: Mapping[str, Estimate]
+    dose: Estimate
     pairs: int
     right_way: bool | None
     works: bool | None
@@ -317,6 +318,7 @@ def _effect(
         off=aside,
         damage=float(np.sqrt(np.mean(np.square(sizes)))) if sizes else None,
         all=every,
+        dose=_level("dose", [a for a, _ in both]),
         pairs=len(both),
         right_way=wanted,
         works=None,

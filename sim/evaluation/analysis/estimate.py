@@ -41,6 +41,11 @@ class PValue:
     n: int
     note: str = ""
 
+    @property
+    def least(self) -> float:
+        """The smallest p that n signs can give, 2 / 2^n: above 0.05 the test could not have found anything."""
+        return float(2.0 ** (1 - self.n))
+
 
 def finite(values: Sequence[float], what: str) -> np.ndarray:
     """values as float64 [n]. Raises SteerError('not_finite')."""

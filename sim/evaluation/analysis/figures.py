@@ -34,11 +34,10 @@ def subject(document: Row, subject: Row) -> str:
 
     doses, rivals = subject["doses"], subject["rivals"]
     with rc_context(_STYLE):
-        wide = 0.62 * len(rivals) + 0.25 if rivals else 0.0
-        figure = Figure(figsize=(9.6, 6.6), layout="constrained")
+        figure = Figure(figsize=(9.6, 6.4), layout="constrained")
         if rivals:
-            ratio = [max(3.2, 9.0 - 1.35 * wide), 1.35 * wide]
-            axes = figure.subplots(2, 2, sharey="row", width_ratios=ratio)
+            wide = min(4.6, 0.35 + 0.66 * len(rivals))
+            axes = figure.subplots(2, 2, sharey="row", width_ratios=[8.6 - wide, wide])
             left, right = axes[:, 0], axes[:, 1]
         else:
             left, right = figure.subplots(2, 1), None
@@ -54,9 +53,12 @@ def subject(document: Row, subject: Row) -> str:
             right[0].set_title("Rivals")
             _points(right[1], rivals, lambda d: d["success"])
             _margin(right[1], doses or rivals)
+            right[0].axhline(0, color=FAINT, linewidth=1)
             for axis in right:
                 _names(axis, rivals)
-            right[0].axhline(0, color=FAINT, linewidth=1)
+        # Last: room for the legend above everything that is drawn.
+        low, high = left[0].get_ylim()
+        left[0].set_ylim(low, high + 0.16 * (high - low))
         return _uri(figure)
 
 
@@ -64,7 +66,8 @@ def _effects(axis: Any, document: Row, subject: Row, doses: Sequence[Row]) -> No
     metric = subject["claim"]["metric"]
     unit, what = document["metrics"][metric]["unit"], document["metrics"][metric]["what"]
     level = document["unsteered"][metric]["value"]
-    axis.axhline(0, color=FAINT, linewidth=1)
+    before = "unsteered" if level is None else f"unsteered: {level:.3g} {unit}".strip()
+    axis.axhline(0, color=FAINT, linewidth=1, label=before)
     banded = sorted((d for d in doses if d["band"]["size"] is not None), key=lambda d: d["strength"])
     if banded:
         # No strength, no push: the band closes at 0, where it is not measured.
@@ -78,11 +81,9 @@ def _effects(axis: Any, document: Row, subject: Row, doses: Sequence[Row]) -> No
     curve = sorted([(0.0, 0.0), *((d["strength"], d["change"]["value"]) for d in known)])
     axis.plot([s for s, _ in curve], [v for _, v in curve], color=AXIS, linewidth=1.6, label=subject["name"], zorder=3)
     _bars(axis, [d["strength"] for d in known], [d["change"] for d in known], AXIS)
-    before = "" if level is None else f" (unsteered {level:.3g})"
-    axis.set_ylabel(f"change, {unit}{before}" if unit else f"change{before}")
-    axis.set_title(f"Does it do what its name says? {what[:1].upper()}{what[1:]}")
-    _headroom(axis)
-    axis.legend(loc="upper center", ncols=2)
+    axis.set_ylabel(f"change, {unit}" if unit else "change")
+    axis.set_title(f"Change of {what}")
+    axis.legend(loc="upper center", ncols=3, columnspacing=1.2, handletextpad=0.5)
 
 
 def _success(axis: Any, doses: Sequence[Row]) -> None:
@@ -105,12 +106,12 @@ def _success(axis: Any, doses: Sequence[Row]) -> None:
                 [d["strength"] for d in mine], [d["success"]["value"] for d in mine], marker, markerfacecolor=face,
                 markeredgecolor=LOST if kind == "lost" else AXIS, markersize=7.5, label=text, zorder=5, linewidth=0,
             )  # fmt: skip
-    axis.set_ylim(-0.04, 1.22)
+    axis.set_ylim(-0.04, 1.06)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axis.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
     axis.set_ylabel("episodes that succeed")
-    axis.set_title("At what price? Success")
-    axis.legend(loc="upper center", ncols=4, columnspacing=1.2, handletextpad=0.4)
+    axis.set_title("Success")
+    axis.legend(loc="best", handletextpad=0.4)
 
 
 def _margin(axis: Any, doses: Sequence[Row]) -> None:
@@ -146,22 +147,14 @@ def _bars(axis: Any, x: Sequence[float], estimates: Sequence[Row], colour: str) 
 
 def _names(axis: Any, rivals: Sequence[Row]) -> None:
     axis.set_xlim(-0.6, len(rivals) - 0.4)
-    axis.set_xticks(
-        range(len(rivals)), [wrapped(d["short"]) for d in rivals], rotation=90 if len(rivals) > 1 else 0, fontsize=8.5
-    )
+    axis.set_xticks(range(len(rivals)), [wrapped(d["short"]) for d in rivals], fontsize=8)
     axis.grid(axis="x", visible=False)
 
 
-def _headroom(axis: Any) -> None:
-    """Room above the points for a legend."""
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high + 0.18 * (high - low))
-
-
-def wrapped(text: str, width: int = 18) -> str:
-    """At most two lines."""
+def wrapped(text: str, width: int = 10) -> str:
+    """At most three lines."""
     lines = textwrap.wrap(text, width)
-    return "\n".join(lines[:2]) + ("…" if len(lines) > 2 else "")
+    return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
 
 
 def _uri(figure: Any) -> str:

@@ -164,18 +164,18 @@ def dose(s: Steps) -> float | None:
 
 
 METRICS: Mapping[str, Metric] = {
-    "speed": Metric("cm/s", "speed of the hand on its way", 0.5, speed),
-    "near_speed": Metric("cm/s", "speed of the hand near the object before it is held", 0.5, near_speed),
-    "far_speed": Metric("cm/s", "speed of the hand everywhere else", 0.5, far_speed),
-    "displacement": Metric("mm", "distance of the hand a control step", 0.25, displacement),
-    "height": Metric("cm", "carrying height of the object above its start", 0.5, height),
+    "speed": Metric("cm/s", "speed of the hand", 0.5, speed),
+    "near_speed": Metric("cm/s", "speed of the hand near the object", 0.5, near_speed),
+    "far_speed": Metric("cm/s", "speed of the hand elsewhere", 0.5, far_speed),
+    "displacement": Metric("mm", "displacement of the hand a step", 0.25, displacement),
+    "height": Metric("cm", "carrying height", 0.5, height),
     "path": Metric("m", "length of the hand's path", 0.02, path),
-    "jerk": Metric("m/s³", "jerk of the hand, root mean square", 1.0, jerk),
+    "jerk": Metric("m/s³", "jerk of the hand", 1.0, jerk),
     "toggles": Metric("", "changes of the gripper command", 0.5, toggles),
-    "time": Metric("s", "time to success, where both succeed", 0.25, time_to_success),
-    "saturation": Metric("%", "motion components at the bound", 1.0, saturation),
+    "time": Metric("s", "time to success", 0.25, time_to_success),
+    "saturation": Metric("%", "share of motion components at the bound", 1.0, saturation),
     "entropy": Metric("nats", "entropy of the action's tokens", 0.05, entropy),
-    "dose": Metric("", "relative size of the change in the residual stream", 0.01, dose),
+    "dose": Metric("", "dose", 0.01, dose),
 }
 
 OFF_AXIS: Mapping[str, tuple[str, ...]] = {

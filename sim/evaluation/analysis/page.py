@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sim.evaluation.analysis import verdict
 from sim.evaluation.analysis.effects import ALPHA, Analysis, Effect, Subject
 from sim.evaluation.analysis.measured import Study
@@ -30,7 +32,11 @@ EMBEDDED = 3_000_000
 
 def document(study: Study, analysis: Analysis, command: str) -> dict[str, Any]:
     """JSON-able: the verdicts, every number behind them, and what the study ran with."""
-    facts = {name: value for name, value in study.facts.items() if name not in ("conditions", "directions", "schema")}
+    facts = {
+        name: value
+        for name, value in study.facts.items()
+        if name not in ("conditions", "directions", "schema", "settings")
+    }
     return {
         "schema": SCHEMA,
         "answers": [_answer(s) for s in analysis.subjects],
@@ -48,6 +54,7 @@ def document(study: Study, analysis: Analysis, command: str) -> dict[str, Any]:
         "rules": {"alpha": ALPHA, "margin": MARGIN, "resamples": RESAMPLES, "seed": SEED},
         "study": facts,
         "directions": _directions(study),
+        "settings": _yaml(study.facts.get("settings")),
         "command": command,
     }
 
@@ -80,7 +87,7 @@ def render(document: Mapping[str, Any], path: Path, folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=_number, signed=_signed, interval=_interval, percent=verdict.percent, points=_points, p=verdict.pvalue, heat=_heat
+        number=_number, signed=_signed, interval=_interval, percent=verdict.percent, points=_points, p=verdict.pvalue, equals=verdict.equals, heat=_heat, capfirst=verdict.capital
     )  # fmt: skip
     shown = {s["name"]: _videos(s, path, folder) for s in document["subjects"]}
     html = environment.get_template("study.html.j2").render(d=document, pictures=pictures, videos=shown)
@@ -107,6 +114,7 @@ def _subject(subject: Subject, study: Study) -> dict[str, Any]:
         "doses": [_effect(d) for d in subject.doses],
         "rivals": [_effect(d) for d in subject.rivals],
         "chosen": chosen,
+        "notes": _notes(subject),
         "tasks": [
             {
                 "task": t.task, "words": t.words, "before": t.before, "success": list(t.success),
@@ -118,6 +126,15 @@ def _subject(subject: Subject, study: Study) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _notes(subject: Subject) -> list[str]:
+    """What is weak about its controls, with the strengths that it is said of."""
+    said: dict[str, list[str]] = {}
+    for dose in subject.doses:
+        if dose.band.note:
+            said.setdefault(dose.band.note, []).append(verdict.strength(dose))
+    return [f"{note.removesuffix(' at this strength')} at {', '.join(at)}" for note, at in said.items()]
+
+
 def _effect(effect: Effect) -> dict[str, Any]:
     return {**asdict(effect), "shown": _shown(effect), "short": _short(effect)}
 
@@ -125,15 +142,18 @@ def _effect(effect: Effect) -> dict[str, Any]:
 def _shown(effect: Effect) -> str:
     """What a reader calls the condition."""
     if effect.kind == "prompt":
-        return f"prompt “{effect.label.removeprefix('prompt:').replace('{}', '…')}”"
+        return f"prompt {_short(effect)}"
     if effect.kind == "scale":
-        return f"action {verdict.TIMES} {effect.strength:g}"
+        return f"action\N{NO-BREAK SPACE}{_short(effect)}"
     return f"{'opposite ' if effect.kind == 'opposite' else ''}{verdict.strength(effect)}"
 
 
 def _short(effect: Effect) -> str:
+    """The same where there is little room."""
     if effect.kind == "prompt":
-        return "“" + effect.label.removeprefix("prompt:").replace("{}", "…") + "”"
+        return "“" + effect.label.removeprefix("prompt:").replace("{}", "").strip(" ,.;:") + "”"
+    if effect.kind == "scale":
+        return f"{verdict.TIMES}\N{NO-BREAK SPACE}{effect.strength:g}"
     return _shown(effect)
 
 
@@ -146,6 +166,17 @@ def _directions(study: Study) -> list[dict[str, Any]]:
     ids = sorted({e.direction_id for e in study.episodes if e.kind == "direction" and e.direction_id})
     wanted = ("op", "tower", "span", "model_hash")
     return [{"id": i, **{k: cards[i][k] for k in wanted if k in cards.get(i, {})}} for i in ids]
+
+
+def _yaml(settings: Any) -> str:
+    """The study's file again, without what it left at its default of nothing; empty where the sidecar has none."""
+    return yaml.safe_dump(_told(settings), sort_keys=False, width=110, default_flow_style=None) if settings else ""
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _told(inner) for name, inner in value.items() if inner is not None}
+    return [_told(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _triples(subject: Subject, study: Study, labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -203,7 +234,7 @@ def _points(estimate: Mapping[str, Any]) -> str:
 
 
 def _heat(value: float | None) -> str:
-    """Background of a standardised change: none below 0.2, which is called small (Cohen 1988), full at 2."""
+    """Background of a standardised change: nothing below 0.2, which is called small (Cohen 1988), full at 2."""
     if value is None or abs(value) < 0.2:
-        return "transparent"
+        return ""
     return f"rgba(213, 94, 0, {0.08 + 0.42 * min(1.0, abs(value) / 2):.2f})"

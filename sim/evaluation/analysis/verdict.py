@@ -6,7 +6,7 @@ never called absent, it is "not seen" beside the effect that would have been.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,8 @@ SHOWN: dict[Does, str] = {
     "no claim": "claims nothing that is measured",
     "unknown": "could not be tested",
 }
+SMALL = 0.2
+"""Standard deviations below which a change off the axis is not told in words (Cohen 1988 calls 0.2 small)."""
 Kept = Literal["held", "lost", "undecided", "unknown"]
 KEPT: dict[Kept, str] = {
     "held": "success is kept within {margin} points",
@@ -33,40 +35,47 @@ KEPT: dict[Kept, str] = {
     "undecided": "whether success is kept within {margin} points is not shown",
     "unknown": "success is not known",
 }
+_KEPT_SHORT = {
+    "held": "kept within {margin} points",
+    "lost": "lost by more than {margin} points",
+    "undecided": "not shown to be kept within {margin} points",
+}
+_WORSE = ["held", "undecided", "lost"]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """does: see `judge`. chosen: label of the condition that stands for each end ("down", "up"). kept: of success there,
-    the worse of them. answer, price: a sentence each."""
+    the worse of them. headline: does it, at what price, in one sentence; evidence, price: the numbers behind both."""
 
     does: Does
     chosen: dict[str, str]
     kept: Kept
-    answer: str
+    headline: str
+    evidence: str
     price: str
 
 
 def judge(subject: Subject) -> Verdict:
     """yes: the slope passes Holm the named way and some strength works. no control: the slope does, and no strength has a
     band. not beyond random: the slope does, and no strength is beyond its band at p < 0.05. the opposite: the slope passes
-    the other way. not seen: it does not pass. Each end is told at the strength that works, keeps success best, and moves
-    most, in this order."""
+    the other way. not seen: it does not pass. unknown: so few pairs could not have passed, whatever they did. Each end is told at the strength that works, keeps success best, and moves
+    most, in this order; where none works, at the largest."""
     if subject.claim is None:
         return _told(subject, "no claim", {})
     if subject.adjusted is None or subject.slope.value is None:
         return _told(subject, "unknown", {})
-    right = subject.slope.value * subject.claim.sign > 0
-    passed = subject.adjusted < ALPHA
-    if not passed:
-        return _told(subject, "not seen", _ends(subject.doses))
-    if not right:
-        return _told(subject, "the opposite", _ends(subject.doses))
+    if subject.p.least >= ALPHA:
+        return _told(subject, "unknown", _ends(subject.doses, _largest))
+    if subject.adjusted >= ALPHA:
+        return _told(subject, "not seen", _ends(subject.doses, _largest))
+    if subject.slope.value * subject.claim.sign < 0:
+        return _told(subject, "the opposite", _ends(subject.doses, _largest))
     working = [d for d in subject.doses if d.works]
     if working:
-        return _told(subject, "yes", _ends(working))
+        return _told(subject, "yes", _ends(working, _best))
     tested = any(d.band.size is not None for d in subject.doses)
-    return _told(subject, "not beyond random" if tested else "no control", _ends(subject.doses))
+    return _told(subject, "not beyond random" if tested else "no control", _ends(subject.doses, _largest))
 
 
 def number(value: float | None, digits: int | None = None, sign: bool = False) -> str:
@@ -97,55 +106,66 @@ def strength(effect: Effect) -> str:
     )
 
 
-def _ends(doses: Sequence[Effect]) -> dict[str, Effect]:
-    order = {"held": 0, "undecided": 1, "lost": 2}
+def _ends(doses: Sequence[Effect], order: Callable[[Effect], tuple[float, float]]) -> dict[str, Effect]:
     out = {}
     for end, sign in (("down", -1.0), ("up", 1.0)):
         mine = [d for d in doses if (d.strength or 0.0) * sign > 0 and d.change.value is not None]
         if mine:
-            out[end] = min(mine, key=lambda d: (order[d.non_inferiority.verdict], -abs(d.change.value or 0.0)))
+            out[end] = min(mine, key=order)
     return out
 
 
+def _best(effect: Effect) -> tuple[float, float]:
+    return _WORSE.index(effect.non_inferiority.verdict), -abs(effect.change.value or 0.0)
+
+
+def _largest(effect: Effect) -> tuple[float, float]:
+    return -abs(effect.strength or 0.0), 0.0
+
+
 def _told(subject: Subject, does: Does, chosen: dict[str, Effect]) -> Verdict:
-    kept: Kept = "unknown"
     verdicts = [d.non_inferiority.verdict for d in chosen.values() if d.non_inferiority.difference.value is not None]
-    if verdicts:
-        kept = max(verdicts, key=["held", "undecided", "lost"].index)
+    kept: Kept = max(verdicts, key=_WORSE.index) if verdicts else "unknown"
     labels = {end: d.label for end, d in chosen.items()}
-    return Verdict(does, labels, kept, _answer(subject, does, chosen), _price(chosen, kept))
+    headline = f"{subject.name} {SHOWN[does]}{_ways(subject, does, chosen)}"
+    if chosen:
+        margin = next(iter(chosen.values())).non_inferiority.margin
+        headline += f"{', but' if kept == 'lost' else ', and'} {KEPT[kept].format(margin=f'{1e2 * margin:.0f}')}"
+    return Verdict(does, labels, kept, f"{headline}.", _evidence(subject, does, chosen), _price(chosen))
 
 
-def _answer(subject: Subject, does: Does, chosen: dict[str, Effect]) -> str:
+def _evidence(subject: Subject, does: Does, chosen: dict[str, Effect]) -> str:
     claim = subject.claim
     if claim is None:
-        return f"{subject.name} {SHOWN[does]}: nothing in its name tells a metric; give one with --claim."
+        return "Nothing in its name tells a metric; give one with --claim."
+    if subject.adjusted is None:
+        return capital(f"{subject.p.note or subject.slope.note}.")
     metric = METRICS[claim.metric]
+    text = f"The {metric.what} changes by {' and by '.join(_change(d, metric.unit) for d in chosen.values())}"
+    bands = [f"{number(d.band.size)} at {strength(d)}" for d in chosen.values() if d.band.size is not None]
+    if bands:
+        draws = max(d.band.draws for d in chosen.values())
+        text += f"; of {count(draws, 'random direction')} 95 % change it by less than {' and '.join(bands)}"
+    slope = f"{number(subject.slope.value, sign=True)} {metric.unit}".strip()
+    text += f". The slope over all strengths is {slope} for strength 1 ({interval(subject.slope, sign=True)}), {equals(subject.adjusted)} after Holm"
     if does == "unknown":
-        return f"{subject.name} {SHOWN[does]}: {subject.p.note or subject.slope.note}."
-    parts = [_change(d, metric.unit) for d in chosen.values()]
-    text = f"{subject.name} {SHOWN[does]}{_ways(subject, does, chosen)}: {metric.what} {', '.join(parts)}"
-    if does in ("yes", "not beyond random"):
-        bands = [f"{number(d.band.size)} at {strength(d)}" for d in chosen.values() if d.band.size is not None]
-        draws = max((d.band.draws for d in chosen.values()), default=0)
-        if bands:
-            text += f"; 95 % of {count(draws, 'random direction')} move it by less than {' and '.join(bands)}"
-    if does == "not seen":
-        text += (
-            f"; slope {number(subject.slope.value, sign=True)} ({interval(subject.slope, sign=True)}) for strength 1"
-        )
-        if subject.detectable.value is not None:
-            text += f", and {number(subject.detectable.value)} {metric.unit} would have been found four times in five"
-    adjusted = subject.adjusted
-    if adjusted is not None:
-        text += f" (p {pvalue(adjusted)} after Holm)"
-    return text + "."
+        text += f"; {count(subject.p.n, subject.p.unit)} cannot reach p < {ALPHA:g} whatever they do"
+    if does == "not seen" and subject.detectable.value is not None:
+        text += f"; {number(subject.detectable.value)} would have been found four times in five"
+    return f"{text}."
 
 
 def pvalue(p: float | None) -> str:
+    """A p value for people: "0.002", "< 0.001", a dash for None."""
     if p is None:
         return DASH
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+    return "<\N{NO-BREAK SPACE}0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def equals(p: float | None) -> str:
+    """The same behind a "p": "p = 0.002", "p < 0.001"."""
+    shown = pvalue(p)
+    return "\N{NO-BREAK SPACE}".join(["p", shown] if shown.startswith("<") else ["p", "=", shown])
 
 
 def _ways(subject: Subject, does: Does, chosen: dict[str, Effect]) -> str:
@@ -158,34 +178,35 @@ def _ways(subject: Subject, does: Does, chosen: dict[str, Effect]) -> str:
 
 
 def _change(effect: Effect, unit: str) -> str:
-    relative = f", {percent(effect.share, sign=True)}" if effect.share is not None else ""
-    inside = (
-        f" ({inner}{relative}; {count(effect.change.n, 'pair')})"
-        if (inner := interval(effect.change, sign=True))
-        else ""
-    )
-    return f"{number(effect.change.value, sign=True)} {unit} at {strength(effect)}{inside}".replace("  ", " ")
+    inside = [
+        interval(effect.change, sign=True),
+        percent(effect.share, sign=True) if effect.share is not None else "",
+        count(effect.change.n, "pair"),
+    ]
+    value = f"{number(effect.change.value, sign=True)} {unit}".strip()
+    return f"{value} at {strength(effect)} ({'; '.join(part for part in inside if part)})"
 
 
-def _price(chosen: dict[str, Effect], kept: Kept) -> str:
-    if not chosen:
-        return "The price is not known."
+def _price(chosen: dict[str, Effect]) -> str:
     parts = []
     for d in chosen.values():
         n = d.non_inferiority
-        margin = f"{1e2 * n.margin:.0f}"
-        difference = f"{points(n.difference)} points" if n.difference.value is not None else ""
+        if n.difference.value is None:
+            parts.append(f"at {strength(d)} success is not known")
+            continue
+        off = [(name, e.value) for name, e in d.off.items() if e.value is not None and abs(e.value) >= SMALL]
+        off.sort(key=lambda item: -abs(item[1]))
+        beside = ", ".join(f"{METRICS[name].what} {number(value, sign=True)}" for name, value in off[:3])
         parts.append(
             f"at {strength(d)} success is {percent(d.success.value)} of {d.success.n} against {percent(d.baseline.value)} "
-            f"({difference}): {KEPT[n.verdict].format(margin=margin)}"
-        )
-        worst = max(d.off.items(), key=lambda item: abs(item[1].value or 0.0), default=None)
-        if worst is not None and d.damage is not None:
-            parts[-1] += (
-                f", and what changes most besides is {METRICS[worst[0]].what}, by "
-                f"{number(worst[1].value, sign=True)} standard deviations"
+            f"({points(n.difference)} points), {_KEPT_SHORT[n.verdict].format(margin=f'{1e2 * n.margin:.0f}')}; "
+            + (
+                f"besides, in standard deviations: {beside}"
+                if beside
+                else f"nothing else changes by {SMALL} standard deviations or more"
             )
-    return _capital("; ".join(parts)) + "."
+        )
+    return " ".join(capital(part) + "." for part in parts)
 
 
 def points(difference: Estimate) -> str:
@@ -195,7 +216,7 @@ def points(difference: Estimate) -> str:
     return shown if scaled[1] is None else f"{shown}, {number(scaled[1], 0, True)} to {number(scaled[2], 0, True)}"
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
