@@ -15,6 +15,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -141,16 +142,41 @@ def find_task(suite: str, task_id: int) -> Task:
     except FileNotFoundError as e:
         raise SteerError("no_init_states", f"{suite} task {task_id} has no initial states: {e}") from None
     bddl = Path(libero.get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-    return Task(suite, task_id, task.name, task.language, bddl, np.array(states))
+    return Task(suite, task_id, task.name, _instruction(suite, task.language, bddl), bddl, np.array(states))
 
 
 def step_limit(suite: str) -> int:
     """Control steps an episode of a suite may take. Raises SteerError('no_step_limit') for a suite without a limit."""
-    # The longest base name first, so that `libero_10_swap` is not taken for another suite.
-    for base in sorted(MAX_STEPS, key=len, reverse=True):
-        if suite == base or suite.startswith(base + "_"):
-            return MAX_STEPS[base]
-    raise SteerError("no_step_limit", f"no step limit is known for suite {suite!r}; give max_steps")
+    base = _base(suite)
+    if base is None:
+        raise SteerError("no_step_limit", f"no step limit is known for suite {suite!r}; give max_steps")
+    return MAX_STEPS[base]
+
+
+def _base(suite: str) -> str | None:
+    """The standard suite that this one varies, or is."""
+    return next((base for base in MAX_STEPS if suite == base or suite.startswith(base + "_")), None)
+
+
+def _instruction(suite: str, of_name: str, bddl: Path) -> str:
+    """What a policy is told: the words of the task's file name, as published policies were trained on; where the suite says
+    something else than its base about that file, what it says.
+
+    LIBERO-PRO keeps the base's file names, so the name alone would ask for the base's task in `_task` suites and leave
+    `_lan` ones unchanged (its authors: https://github.com/Zxy-MLlab/LIBERO-PRO/issues/14).
+    """
+    base = _base(suite)
+    original = bddl.parent.with_name(base or suite) / bddl.name
+    told = _language(bddl)
+    if suite == base or told is None or (original.is_file() and told == _language(original)):
+        return of_name
+    return told
+
+
+def _language(bddl: Path) -> str | None:
+    """The instruction in a BDDL file, lower case, as LIBERO's own parser reads it."""
+    found = re.search(r"\(:language\s+([^)]*)\)", bddl.read_text(encoding="utf-8"), re.IGNORECASE)
+    return " ".join(found[1].lower().split()) if found else None
 
 
 def load_module(module: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import study_world
 import yaml
 
-from sim.benchmark import use_software_rendering
+from sim.benchmark import find_task, use_software_rendering
 from sim.evaluation.study.conditions import Condition, resolve
 from sim.evaluation.study.plan import jobs
 from sim.evaluation.study.run import reference
@@ -119,6 +119,20 @@ def test_standard_and_pro_stand_for_five_and_sixteen_suites(folder: Path) -> Non
     assert (len(STANDARD), len(PRO), len(planned)) == (5, 16, 4 * 10 + 90 + 16 * 10)
     limits = {job.suite: job.limit for job in planned}
     assert (limits["libero_90"], limits["libero_10_swap"], limits["libero_spatial_lan"]) == (400, 520, 220)
+
+
+@pytest.mark.parametrize(
+    ("suite", "instruction"),
+    [
+        ("libero_goal", "open the middle drawer of the cabinet"),
+        ("libero_goal_swap", "open the middle drawer of the cabinet"),
+        ("libero_goal_task", "open the bottom drawer of the cabinet"),
+        ("libero_goal_lan", "open the cabinet\u2019s middle drawer"),
+        ("libero_object_task", "pick the cream cheese and place it in the basket"),
+    ],
+)
+def test_a_policy_is_told_what_a_suite_changed_although_file_names_stay(suite: str, instruction: str) -> None:
+    assert find_task(suite, 0).instruction == instruction
 
 
 def test_conditions_of_a_start_are_one_pair_with_one_seed(policy: OpenVLAPolicy, folder: Path) -> None:
