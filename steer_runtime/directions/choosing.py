@@ -1,8 +1,8 @@
 """Which variant of a swept catalog entry to keep, by what each did on moments that are not the ones it is judged on.
 
-Rule: of an entry's variants at the strengths tried, the on-axis effect is that of its weaker end and the damage that of its
-worse one, both in standard deviations of the unsteered policy as `score_summary` has them. Of those whose effect reaches an
-aim, the one with the least damage; where none does, the one with the largest effect less damage. So directions of all
+Rule: of the variants of an entry at the strengths tried, those whose on-axis effect reaches an aim at both ends, and of these
+the one whose worse end does the least damage; where none reaches it, the one with the largest effect less damage, mean over
+the ends. Effect and damage are those of `score_summary`, in standard deviations of the unsteered policy. So directions of all
 finders are brought to one effect and differ by what it costs. What is added is linear in strength, so the chosen strength
 becomes a factor of the direction: strength 1 is then what was chosen.
 
@@ -33,7 +33,7 @@ AIM = 1.0
 class Choice:
     """What became of an entry. variant: the entry that is kept, without a sweep; strength: at which it did best.
 
-    on, damage: there. reaches: whether that is the aim. tried: variant -> its largest effect less damage. missing: variants
+    on, damage: there, of the weaker and of the worse end. reaches: the aim. tried: variant -> its largest effect less damage. missing: variants
     that the score does not have, since their finder refused or nobody scored them. scaled: whether the strength is a factor.
     """
 
@@ -111,10 +111,12 @@ def _choice(
                 "not_scored",
                 f"direction {ends[0]!r} claims nothing that was scored: give the entry a name that does, or score with --on",
             )
-        tried[name] = max(on - damage for on, damage in whole.values())
-        for strength, (on, damage) in whole.items():
+        nets = {s: sum(on - damage for on, damage in told) / len(told) for s, told in whole.items()}
+        tried[name] = max(nets.values())
+        for strength, told in whole.items():
+            on, damage = min(on for on, _ in told), max(damage for _, damage in told)
             reaches = on >= aim
-            found.append((reaches, -damage if reaches else on - damage, -strength, name, on, damage))
+            found.append((reaches, -damage if reaches else nets[strength], -strength, name, on, damage))
     if not found:
         return None
     reaches, _, strength, name, on, damage = max(found)
@@ -123,17 +125,13 @@ def _choice(
     return Choice(entry, entry.variants[name], -strength, on, damage, reaches, tried, tuple(missing), linear)
 
 
-def _of_ends(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[float, tuple[float, float]]:
-    """Strength -> (effect of the weaker end, damage of the worse one), where every end was measured."""
+def _of_ends(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[float, list[tuple[float, float]]]:
+    """Strength -> (effect, damage) of each end, where every end was measured."""
     told: dict[float, list[tuple[float, float]]] = {}
     for point in (p for curve in curves for p in curve):
         if point["strength"] > 0 and point["on"] is not None:
             told.setdefault(point["strength"], []).append((point["on"], point["damage"]))
-    return {
-        s: (min(on for on, _ in ends), max(damage for _, damage in ends))
-        for s, ends in told.items()
-        if len(ends) == len(curves)
-    }
+    return {s: ends for s, ends in told.items() if len(ends) == len(curves)}
 
 
 def save(catalog: CatalogFile, choices: Sequence[Choice], document: Mapping[str, Any], path: Path) -> Path:
@@ -141,8 +139,9 @@ def save(catalog: CatalogFile, choices: Sequence[Choice], document: Mapping[str,
     moments = document["moments"]
     lines = [
         f"# Chosen on {moments['used']} moments of {moments['episodes']} episodes ({moments['file']}): of each entry the variant and",
-        "# strength with the least damage whose on-axis effect reaches the aim, or with the largest effect less damage where none",
-        "# does (standard deviations, of the weaker and the worse end). What is added has the chosen strength in its alpha.",
+        "# strength with the least damage whose on-axis effect reaches the aim at both ends, or with the largest mean effect less",
+        "# damage where none does. Told is the weaker end's effect and the worse end's damage, in standard deviations. What is added",
+        "# has the chosen strength in its alpha.",
         *(
             f"#   {c.entry.name}: {c.variant.name} at {c.strength:g}, on-axis {c.on:+.2f}, damage {c.damage:.2f}"
             f"{'' if c.reaches else ' (short of the aim)'}"

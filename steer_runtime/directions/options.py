@@ -149,9 +149,12 @@ class ContrastOptions(OnMoments):
         ge=0,
         description="The difference behind this layer, written by `count` of the layer's value vectors instead.",
     )
+    sites: tuple[int, ...] = Field((), description="Dense: several residual sites, each written its own difference.")
 
     @model_validator(mode="after")
     def _pairs_or_groups(self) -> ContrastOptions:
+        if self.sites and (self.site is not None or self.onto_layer is not None or self.form != "dense"):
+            raise ValueError("sites go with form dense and without site and onto_layer")
         if bool(self.quantity) == bool(self.positive or self.negative):
             raise ValueError("expected either positive and negative wordings or a quantity")
         if len(self.positive) != len(self.negative):

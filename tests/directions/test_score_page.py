@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import browser
 import fabricate
 import numpy as np
 import pytest
-from directions import browser
 from typer.testing import CliRunner, Result
 
 from steer_runtime.cli.directions import app

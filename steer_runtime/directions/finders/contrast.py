@@ -22,6 +22,7 @@ from steer_runtime.directions.finders.placing import (
     place_neurons,
     place_onto,
     place_vector,
+    place_vectors,
     span_of,
     strongest,
 )
@@ -36,13 +37,19 @@ def find(material: Material, recipe: Recipe, options: ContrastOptions) -> Direct
     """d = mean over pairs of h(moment, positive wording) - h(moment, negative wording), or
     d = mean h(moments above the median of a quantity) - mean h(moments below it); h pooled over the span's tokens.
 
-    Dense: d at a site. Neurons: on f, the inputs of down_proj, the `count` largest |d_j| ||w_j||, each added its d_j. Onto a
+    Dense: d at a site, or at each of several sites its own: one alone is undone by what the layers behind it read from
+    elsewhere (from the prefix, in an expert). Neurons: on f, the inputs of down_proj, the `count` largest |d_j| ||w_j||, each added its d_j. Onto a
     layer: d behind it, written as `place_onto` does. In an expert h is a mean over denoising steps as well, and both sides
     of a pair begin from the same noise.
     `consistency` in the provenance: mean cosine of a pair's difference with d. Raises SteerError: 'no_groups', and as
     `Material.activations`.
     """
     onto = options.onto_layer
+    if options.sites:
+        sites = [chosen_site(material, site) for site in options.sites]
+        found, facts = _differences(material, recipe, options, [("residual", site) for site in sites])
+        vectors = {site: _signed(found[("residual", site)], options) for site in sites}
+        return place_vectors(material, recipe, vectors, facts, norm=options.norm)
     if options.form == "dense":
         site = chosen_site(material, options.site if onto is None else onto + 1)
         found, facts = _differences(material, recipe, options, [("residual", site)])

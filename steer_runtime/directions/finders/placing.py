@@ -47,15 +47,32 @@ def place_vector(
 
     Raises SteerError: 'bad_operation', 'no_direction' for a zero vector, and what Direction refuses.
     """
+    return place_vectors(material, recipe, {site: vector}, facts, norm=norm, span=span)
+
+
+def place_vectors(
+    material: Material,
+    recipe: Recipe,
+    vectors: Mapping[int, np.ndarray],
+    facts: Mapping[str, Any],
+    *,
+    norm: float | None,
+    span: frozenset[Role] | None = None,
+) -> Direction:
+    """Site -> vector [d_model], each added at its residual site; norm: of the largest of them, the others in proportion.
+
+    What it reads as in tokens is told of the last site. Raises as `place_vector`.
+    """
     _only_add(recipe)
-    size = float(np.linalg.norm(np.asarray(vector, np.float64)))
+    size = max(float(np.linalg.norm(np.asarray(vector, np.float64))) for vector in vectors.values())
     factor = _factor(material, recipe, size, norm)
-    scaled = (np.asarray(vector, np.float64) * factor).astype(np.float32)
+    written_at = {site: (np.asarray(v, np.float64) * factor).astype(np.float32) for site, v in vectors.items()}
+    last = max(written_at)
     more = {
-        "site": site,
+        "site": last if len(written_at) == 1 else sorted(written_at),
         "norm": size * factor / material.mean_norm,
-        "reads": material.reads(scaled[None])[0],
-        "reads_low": material.reads(-scaled[None])[0],
+        "reads": material.reads(written_at[last][None])[0],
+        "reads_low": material.reads(-written_at[last][None])[0],
     }
     return written(
         material.identity,
@@ -63,7 +80,7 @@ def place_vector(
         {**facts, **more},
         op="add",
         span=span_of(material, recipe, span),
-        dense={site: scaled},
+        dense=written_at,
     )
 
 
