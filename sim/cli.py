@@ -9,6 +9,7 @@ import typer
 
 from sim import data_cli
 from sim.evaluation import cli as evaluation_cli
+from sim.evaluation.tuning import cli as tuning_cli
 from sim.training import cli as training_cli
 
 
@@ -18,6 +19,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(data_cli.app)
     app.add_typer(training_cli.app)
     app.add_typer(evaluation_cli.app)
+    app.add_typer(tuning_cli.app)
 
 
 def report(

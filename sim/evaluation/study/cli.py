@@ -67,7 +67,7 @@ def study(
             typer.echo(f"{rows} of {len(ready.planned)} episodes and {steps} steps: {out}")
             return
         stopped = False
-        with _progress(ready, kept.done(ready.planned, again=retry)) as (tick, note), _stop_on_interrupt(note) as stop:
+        with _progress(ready, kept.done(ready.planned, again=retry)) as (tick, note), stop_on_interrupt(note) as stop:
             run(
                 ready, kept, workers=workers, ray=ray, videos=videos, again=retry, stop=stop, on_episode=tick
             )  # fmt: skip
@@ -96,7 +96,7 @@ def _progress(ready: Study, done: Mapping[str, Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _stop_on_interrupt(note: Any) -> Iterator[Any]:
+def stop_on_interrupt(note: Any) -> Iterator[Any]:
     """Ctrl-C lets running episodes finish; a second one drops them."""
     asked = False
 
@@ -127,7 +127,7 @@ def _show_plan(ready: Study, policy: LoadedPolicy, out: Path | None, workers: in
         with open_journal(ready, out) as kept:
             done = kept.done(ready.planned)
     missing = [job for job in ready.planned if job.key not in done]
-    rows, seconds = _one_inference(policy, ready)
+    rows, seconds = one_inference(policy, ready)
     measured = [row["seconds"] / row["steps"] for row in done.values() if row["status"] == "done" and row["steps"]]
     known = statistics.fmean(measured) if measured else None
     guess = estimate(missing, ready.settings, rows=rows, inference_s=seconds, seconds_a_step=known)
@@ -158,7 +158,7 @@ def _show_plan(ready: Study, policy: LoadedPolicy, out: Path | None, workers: in
     )
 
 
-def _one_inference(policy: LoadedPolicy, ready: Study) -> tuple[int, float]:
+def one_inference(policy: LoadedPolicy, ready: Study) -> tuple[int, float]:
     """(actions executed of a chunk, seconds of an inference): the second of two on grey pictures."""
     import numpy as np
 
