@@ -55,7 +55,7 @@ class Written:
 @dataclass(frozen=True)
 class Condition:
     """label: unique. direction: the name it is about. strength: as `records.EPISODES` has it. starts: of each task, None
-    for all. written: None where no hooks are attached. wording: has {} where the instruction goes."""
+    for all; tasks: likewise. written: None where no hooks are attached. wording: has {} where the instruction goes."""
 
     label: str
     kind: Kind
@@ -63,6 +63,7 @@ class Condition:
     strength: float | None = None
     draw: int | None = None
     starts: int | None = None
+    tasks: tuple[int, ...] | None = None
     written: Written | None = None
     wording: str = "{}"
     factor: float = 1.0
@@ -168,18 +169,22 @@ def _expand(one: Any, finder: Finder) -> Iterator[Condition]:
         case Steered():
             for s in one.strengths:
                 written = _written(finder.ends(one.name).at(one.name, s), s)
-                yield Condition(_label("direction", one.name, s), "direction", one.name, s, None, one.starts, written)
+                yield Condition(
+                    _label("direction", one.name, s), "direction", one.name, s, None, one.starts, written=written
+                )
         case Random():
             for draw in range(one.draws):
                 for s in one.strengths:
                     end = finder.ends(one.like).at(one.like, s)
                     drawn = finder.draws(end, one.draws, one.seed + (_OTHER_END if s < 0 else 0))[draw]
                     label = _label("random", f"{one.like}#{draw}", s)
-                    yield Condition(label, "random", one.like, s, draw, one.starts, _written(drawn, s))
+                    yield Condition(label, "random", one.like, s, draw, one.starts, written=_written(drawn, s))
         case Opposite():
             for s in one.strengths:
                 written = _written(_opposite(one, finder, s), -s)
-                yield Condition(_label("opposite", one.of, -s), "opposite", one.of, -s, None, one.starts, written)
+                yield Condition(
+                    _label("opposite", one.of, -s), "opposite", one.of, -s, None, one.starts, written=written
+                )
         case Prompt():
             yield Condition(f"prompt:{one.wording}", "prompt", starts=one.starts, wording=one.wording)
         case Scale():

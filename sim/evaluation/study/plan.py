@@ -107,6 +107,8 @@ def _of_task(
             for condition in conditions:
                 if condition.starts is not None and number >= condition.starts:
                     continue
+                if condition.tasks is not None and task_id not in condition.tasks:
+                    continue
                 out.append(
                     Job(
                         f"{pair}/{condition.label}", pair, wanted.suite, task_id, wanted.layout, start, seed, limit,

@@ -108,9 +108,10 @@ class SuiteSettings(_Strict):
 
 
 class _Condition(_Strict):
-    """starts: only the first so many starts of every task, for what need not run on all."""
+    """starts: only the first so many starts of every task, tasks: only these, for what need not run on all."""
 
     starts: Annotated[int, Field(ge=1)] | None = None
+    tasks: Annotated[tuple[int, ...], BeforeValidator(_numbers)] | None = None
 
 
 class Unsteered(_Condition):
