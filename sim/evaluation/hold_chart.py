@@ -29,11 +29,18 @@ def draw_hold(
     drawn = [c.key for c in conditions]
     scored = [row for row in rows if "refused" not in row and row["condition"] in drawn]
     seeds = list(dict.fromkeys(row["seed"] for row in scored))[:_LAYOUTS]
-    titles = [f"layout {i + 1}: {what}" for i in range(len(seeds)) for what in (target.quantity.name, "strength")]
+    titles = [
+        f"layout {i + 1}: {what}"
+        for i in range(len(seeds))
+        for what in (f"{target.quantity.name}, {target.unit}", "strength")
+    ]
     words = list(dict.fromkeys(word for counts in steps.values() for word in counts))
     height = 2 * len(seeds) + 1
     figure = make_subplots(
-        rows=height, cols=1, subplot_titles=[*titles, "what the policy says first, by strength"], vertical_spacing=0.035
+        rows=height,
+        cols=1,
+        subplot_titles=[*titles, "what the policy says first, share by strength"],
+        vertical_spacing=0.05,
     )
     for row in scored:
         if row["seed"] not in seeds:
@@ -50,17 +57,15 @@ def draw_hold(
     for index in range(len(seeds)):
         line = {"color": "#1f2933", "width": 1, "dash": "dash"}
         figure.add_hline(y=target.value / size, line=line, row=2 * index + 1, col=1)
-        figure.update_yaxes(title_text=target.unit, row=2 * index + 1, col=1)
-        figure.update_yaxes(title_text="strength", row=2 * index + 2, col=1)
-        figure.update_xaxes(title_text="s", row=2 * index + 2, col=1)
+        figure.update_xaxes(ticksuffix=" s", row=2 * index + 1, col=1)
+        figure.update_xaxes(ticksuffix=" s", row=2 * index + 2, col=1)
     for index, word in enumerate(words):
         x = [float(middle) for middle in steps]
         share = [counts.get(word, 0) / sum(counts.values()) for counts in steps.values()]
         figure.add_bar(
             x=x, y=share, name=word or "nothing", marker_color=color_of(index), legend="legend2", row=height, col=1
         )  # fmt: skip
-    figure.update_yaxes(title_text="share", tickformat=".0%", row=height, col=1)
-    figure.update_xaxes(title_text="strength", row=height, col=1)
+    figure.update_yaxes(tickformat=".0%", row=height, col=1)
     figure.update_layout(
         barmode="stack", height=230 * height, title=title, template="plotly_white", margin={"t": 90, "b": 50},
         legend={"orientation": "v"}, legend2={"y": 0.02, "yanchor": "bottom", "title": "says"},
