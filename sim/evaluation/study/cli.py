@@ -159,7 +159,7 @@ def _show_plan(ready: Study, policy: LoadedPolicy, out: Path | None, workers: in
 
 
 def one_inference(policy: LoadedPolicy, ready: Study) -> tuple[int, float]:
-    """(actions executed of a chunk, seconds of an inference): the second of two on grey pictures."""
+    """(actions executed of a chunk, seconds of an inference): the fastest of four on grey pictures."""
     import numpy as np
 
     from steer_runtime.types import Observation
@@ -170,10 +170,11 @@ def one_inference(policy: LoadedPolicy, ready: Study) -> tuple[int, float]:
         {"agentview": grey, "wrist": grey}, np.zeros(8), "pick up the milk and place it in the basket", 0, 0
     )
     policy.reset(0)
-    for _ in range(2):
+    rows, seconds = 1, float("inf")
+    for _ in range(4):
         began = time.perf_counter()
         rows = len(policy.infer(observation).actions)
-        seconds = time.perf_counter() - began
+        seconds = min(seconds, time.perf_counter() - began)
     return min(rows, ready.settings.replan or rows), seconds
 
 
