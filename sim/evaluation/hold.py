@@ -19,8 +19,8 @@ from steer_runtime.errors import SteerError
 from steer_runtime.policies import LoadedPolicy
 from steer_runtime.setpoint.limits import StrengthLimits
 from steer_runtime.setpoint.loop import SetPointLoop
-from steer_runtime.setpoint.meter import Sample, make_meter
-from steer_runtime.setpoint.presets import Tuning, make_loop
+from steer_runtime.setpoint.meter import Sample
+from steer_runtime.setpoint.presets import Tuning, make_loop, make_meter
 from steer_runtime.setpoint.target import Target
 from steer_runtime.steering.offline import OfflineSteering
 from steer_runtime.types import ActionChunk, ActionSpace, Observation
@@ -170,7 +170,7 @@ class HeldPolicy:
     def infer_for(self, condition: HoldCondition, chosen: Tuning | None) -> Infer:
         """Inference of one episode. chosen: of the controller, of a condition that has one."""
         loop = self._loop(condition, chosen)
-        meter = make_meter(self._target.quantity.name, chosen.meter if chosen else None)
+        meter = make_meter(self._target, chosen.meter if chosen else None)
         self.log = log = {name: list[Any]() for name in ("t", "value", "raw", "why", "strength", "dose", "said")}
         self.counters = {}
         told: list[float | None] = [None]

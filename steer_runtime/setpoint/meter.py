@@ -12,8 +12,6 @@ from typing import Protocol
 
 import numpy as np
 
-from steer_runtime.setpoint.target import QuantityName
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -56,7 +54,8 @@ class MeterSettings:
     gripper_rate: of the opening, m/s, from which the gripper counts as moving. settle_s: for so long after it moved the
     hand is not measured: it stands still to grip. gap_s: samples further apart say nothing of what was between.
     lifted: height from which something gripped counts as carried, m. sideways: a carried thing's height counts while the
-    hand's horizontal speed is at least this share of its speed, so lifting and lowering do not.
+    hand's horizontal speed is at least this share of its speed, so lifting and lowering do not. still: speed below which
+    the hand stands, by decision, which says nothing of its pace, m/s.
     """
 
     time_constant_s: float = 0.5
@@ -65,6 +64,7 @@ class MeterSettings:
     gap_s: float = 1.0
     lifted: float = 0.02
     sideways: float = 0.7
+    still: float = 0.02
 
 
 class _Between:
@@ -116,7 +116,7 @@ class _Average:
 
 
 class SpeedMeter:
-    """Speed of the hand, m/s: way over time between samples, averaged; not while the gripper moves."""
+    """Speed of the hand, m/s: way over time between samples, averaged; not while the gripper moves or the hand stands."""
 
     def __init__(self, settings: MeterSettings | None = None) -> None:
         self._settings = settings or MeterSettings()
@@ -134,6 +134,8 @@ class SpeedMeter:
         if why:
             return Reading(None, why)
         raw = float(np.linalg.norm(way)) / dt
+        if raw < self._settings.still:
+            return Reading(None, "hand stands still", raw)
         return Reading(self._average.add(raw, dt), raw=raw)
 
 
@@ -188,8 +190,3 @@ class HeightMeter:
         if moved <= 0 or float(np.linalg.norm(way[:2])) < self._settings.sideways * moved:
             return Reading(None, "lifting or lowering", raw)
         return Reading(self._average.add(raw, dt), raw=raw)
-
-
-def make_meter(quantity: QuantityName, settings: MeterSettings | None = None) -> Meter:
-    """The meter of a quantity."""
-    return SpeedMeter(settings) if quantity == "speed" else HeightMeter(settings)

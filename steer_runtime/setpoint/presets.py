@@ -6,13 +6,13 @@ Invariant: a preset is a function of the target alone; every number in it can be
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.setpoint.controller import PID, Controller, Dithered, Gains
 from steer_runtime.setpoint.limits import StrengthLimits
 from steer_runtime.setpoint.loop import SetPointLoop
-from steer_runtime.setpoint.meter import MeterSettings, make_meter
+from steer_runtime.setpoint.meter import HeightMeter, Meter, MeterSettings, SpeedMeter
 from steer_runtime.setpoint.target import Target
 
 
@@ -48,6 +48,14 @@ def tuning(kind: str, quantity: str, gains: Gains | None = None) -> Tuning:
     return Tuning(chosen, deadband=0.1 if kind == "deadband" else 0.0, dither=0.3 if kind == "dither" else 0.0)
 
 
+def make_meter(target: Target, settings: MeterSettings | None = None) -> Meter:
+    """The meter of a target: a hand counts as standing below a quarter of it at the most."""
+    chosen = settings or MeterSettings()
+    if target.quantity.name == "height":
+        return HeightMeter(chosen)
+    return SpeedMeter(replace(chosen, still=min(chosen.still, target.value / 4)))
+
+
 def make_controller(target: Target, chosen: Tuning) -> Controller:
     """The controller of a tuning for a target."""
     pid = PID(target.value, chosen.gains, deadband=chosen.deadband * target.value)
@@ -56,4 +64,4 @@ def make_controller(target: Target, chosen: Tuning) -> Controller:
 
 def make_loop(target: Target, chosen: Tuning, limits: StrengthLimits) -> SetPointLoop:
     """The loop that the command lines run."""
-    return SetPointLoop(make_meter(target.quantity.name, chosen.meter), make_controller(target, chosen), limits)
+    return SetPointLoop(make_meter(target, chosen.meter), make_controller(target, chosen), limits)

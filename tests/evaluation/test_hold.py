@@ -125,7 +125,7 @@ def test_loop_moves_the_strength_towards_the_target_within_its_limits_and_logs_i
 ) -> None:
     limits = StrengthLimits(axis.low, axis.high, slew_per_s=1.0)
     with HeldPolicy(policy, axis, [1.0], TARGET, limits) as held:
-        ride(held, HoldCondition("pid"), 0.02)
+        ride(held, HoldCondition("pid"), 0.05)
         slow = held.log
         ride(held, HoldCondition("pid"), 0.30)
         fast = held.log
@@ -137,7 +137,7 @@ def test_loop_moves_the_strength_towards_the_target_within_its_limits_and_logs_i
         assert strengths.min() >= axis.low
         assert strengths.max() <= axis.high
         measured = [value for value in log["value"] if value is not None]
-        assert measured == pytest.approx([0.02 if sign > 0 else 0.30] * len(measured))
+        assert measured == pytest.approx([0.05 if sign > 0 else 0.30] * len(measured))
         assert log["dose"][-1] > 0
     assert slow["why"][0] == "first sample"
 

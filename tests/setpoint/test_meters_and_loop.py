@@ -12,7 +12,7 @@ from steer_runtime.setpoint.controller import PID, Gains
 from steer_runtime.setpoint.limits import StrengthLimits
 from steer_runtime.setpoint.loop import SetPointLoop
 from steer_runtime.setpoint.meter import HeightMeter, MeterSettings, Reading, Sample, SpeedMeter
-from steer_runtime.setpoint.presets import CONTROLLERS, make_loop, tuning
+from steer_runtime.setpoint.presets import CONTROLLERS, make_loop, make_meter, tuning
 from steer_runtime.setpoint.target import parse_target
 
 DT = 0.2
@@ -64,6 +64,20 @@ def test_position_that_is_no_number_is_skipped_and_said(bad: float) -> None:
     straight(meter, 0.1, 1.0)
     assert meter.add(sample(1.2, x=bad)) == Reading(None, "not finite")
     assert meter.add(sample(1.4, x=0.14)).value == pytest.approx(0.1)
+
+
+def test_hand_that_stands_says_nothing_of_its_pace() -> None:
+    meter = SpeedMeter()
+    straight(meter, 0.1, 1.0)
+    assert meter.add(sample(1.2, x=0.101)).why == "hand stands still"
+    assert meter.add(sample(1.4, x=0.121)).value == pytest.approx(0.1)
+
+
+def test_hand_stands_below_a_quarter_of_a_slow_target() -> None:
+    meter = make_meter(parse_target("speed", ["20", "mm/s"]))
+    meter.add(sample(0.0))
+    assert meter.add(sample(DT, x=0.006 * DT)).value == pytest.approx(0.006)
+    assert meter.add(sample(2 * DT, x=0.010 * DT)).why == "hand stands still"
 
 
 def test_gap_and_clock_that_goes_back_give_no_speed() -> None:
