@@ -89,6 +89,12 @@ def test_errored_episode_changes_coverage_and_not_success(analysis: Analysis) ->
     assert analysis.coverage.errored == 2
 
 
+def test_progress_announces_as_many_comparisons_as_are_made(study: Study) -> None:
+    made: list[str] = []
+    effects.analyse(study, on_condition=made.append)
+    assert len(made) == effects.comparisons(study)
+
+
 def test_strength_zero_equals_unsteered(analysis: Analysis) -> None:
     assert analysis.zero == (15, 15)
 

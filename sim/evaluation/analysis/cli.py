@@ -27,21 +27,20 @@ def report(
     """
     from sim.evaluation.analysis import claims, effects, measured, page
     from sim.evaluation.cli import bar
+    from sim.evaluation.study.records import read_episodes
     from steer_runtime.errors import SteerError
 
     told = claims.parse(claim or [])
     path = out or study / "report.html"
     if path.suffix != ".html":
         raise SteerError("bad_out", f"--out {str(path)[:120]!r} is no page: expected a name that ends in .html")
-    from sim.evaluation.study.records import read_episodes
-
     with bar("measure", len(read_episodes(study))) as tick:
         read = measured.load(study, lambda: tick(1, "measure"))
     unknown = sorted(set(told) - {e.direction for e in read.episodes})
     if unknown:
         known = ", ".join(sorted({e.direction for e in read.episodes if e.direction}))
         raise SteerError("bad_claim", f"--claim {unknown[0]!r} is no direction of {study}: expected one of {known}")
-    with bar("compare", effects.conditions(read)) as tick:
+    with bar("compare", effects.comparisons(read, told)) as tick:
         analysis = effects.analyse(read, told, lambda label: tick(1, label))
     extra = "".join(f" --claim {text}" for text in claim or [])
     command = f"steer eval study STUDY.yaml --out STUDY\nsteer eval report STUDY{extra}"

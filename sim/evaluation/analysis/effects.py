@@ -159,9 +159,12 @@ def analyse(
     )
 
 
-def conditions(study: Study) -> int:
-    """How many `analyse` announces."""
-    return len({e.condition for e in study.episodes if e.kind in ("direction", "opposite", "prompt", "scale")})
+def comparisons(study: Study, told: Mapping[str, Claim] | None = None) -> int:
+    """How many conditions `analyse` announces: a rival is compared for each direction that it rivals."""
+    groups = grouped(study.episodes)
+    names = dict.fromkeys(g.direction for g in groups if g.kind == "direction" and g.direction is not None)
+    rivals = sum(_rival(g, name, claim_of(name, told or {})) is not None for name in names for g in groups)
+    return rivals + sum(g.kind == "direction" for g in groups)
 
 
 def grouped(episodes: Sequence[Episode]) -> list[Group]:
