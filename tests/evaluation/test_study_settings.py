@@ -203,3 +203,12 @@ def test_the_reference_simulator_is_told_by_its_versions() -> None:
     assert reference({"mujoco": "3.2.3", "robosuite": "1.4.0"})["is_reference"]
     other = reference({"mujoco": "3.17.0", "robosuite": "1.4.0"})
     assert (other["is_reference"], other["differing"]) == (False, {"mujoco": "3.17.0"})
+
+
+def test_a_condition_may_be_of_some_tasks_alone(folder: Path, policy: OpenVLAPolicy) -> None:
+    slow = {"kind": "prompt", "wording": "{}, slowly", "tasks": [1]}
+    settings = asked(folder, "unsteered", slow, suites=[{"suite": "libero_object", "tasks": [0, 1], "starts": 1}])
+    planned = jobs(settings, resolve(settings, policy))
+    assert [(job.task_id, job.condition) for job in planned] == [
+        (0, "unsteered"), (1, "unsteered"), (1, "prompt:{}, slowly"),
+    ]  # fmt: skip

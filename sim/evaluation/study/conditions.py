@@ -159,6 +159,11 @@ class Finder:
 
 
 def _expand(one: Any, finder: Finder) -> Iterator[Condition]:
+    for condition in _every(one, finder):
+        yield replace(condition, tasks=one.tasks)
+
+
+def _every(one: Any, finder: Finder) -> Iterator[Condition]:
     match one:
         case Unsteered():
             yield Condition("unsteered", "unsteered", starts=one.starts)
