@@ -64,7 +64,7 @@ def judge(subject: Subject) -> Verdict:
     if subject.claim is None:
         return _told(subject, "no claim", {})
     if subject.adjusted is None or subject.slope.value is None:
-        return _told(subject, "unknown", {})
+        return _told(subject, "unknown", _ends(subject.doses, _largest))
     if subject.p.least >= ALPHA:
         return _told(subject, "unknown", _ends(subject.doses, _largest))
     if subject.adjusted >= ALPHA:
