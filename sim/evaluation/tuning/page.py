@@ -30,16 +30,21 @@ Found = Mapping[str, Any]
 def render(found: Found, folder: Path) -> Path:
     """Write the page beside the document. Raises SteerError('not_written')."""
     import jinja2
+    from matplotlib import rc_context
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    ends = [
-        {"name": end, "direction": its["direction"], "front": _front(found, end), "course": _course(found, end), "rows": rows(found, end)}
-        for end, its in found["ends"].items()
-    ]  # fmt: skip
+    with rc_context(_STYLE):
+        ends = [
+            {
+                "name": end, "direction": its["direction"], "front": _front(found, end), "course": _course(found, end),
+                "rows": rows(found, end),
+            }
+            for end, its in found["ends"].items()
+        ]  # fmt: skip
     html = environment.get_template("tuning.html.j2").render(
         d=found, answers=answers(found), ends=ends, checked=checked_rows(found)
     )
@@ -121,23 +126,18 @@ def _course(found: Found, end: str) -> str:
 
 
 def _figure(rows_: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows_, columns, **options)
-        for axis in axes:
-            axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}".replace("-", MINUS))
-        return figure, axes
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows_, columns, **options)
+    for axis in axes:
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}".replace("-", MINUS))
+    return figure, axes
 
 
 def _uri(figure: Any) -> str:
-    from matplotlib import rc_context
-
     sink = io.BytesIO()
-    with rc_context(_STYLE):
-        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(sink.getvalue()).decode()
 
 

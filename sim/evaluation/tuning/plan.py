@@ -133,7 +133,7 @@ def _state(job: Job) -> tuple[object, ...]:
 
     if job.layout != "official":
         return job.suite, job.task_id, job.layout, job.start, job.seed
-    # By content: LIBERO-PRO's suites share states with the standard ones.
+    # By content: a state may stand in a suite twice, or in two.
     state = find_task(job.suite, job.task_id).initial_states[job.start]
     return (hashlib.sha256(np.ascontiguousarray(state).tobytes()).hexdigest(),)
 

@@ -41,12 +41,22 @@ def _each_once(values: Sequence[Any]) -> Any:
     return values
 
 
+def _own(value: Any) -> Any:
+    raise ValueError("a tuning makes its own; drop them")
+
+
 Unit = Annotated[float, Field(ge=0.001, le=1, allow_inf_nan=False)]
 StrengthRange = Annotated[tuple[Unit, Unit], BeforeValidator(_number_or_range), AfterValidator(_rising)]
 Gain = Annotated[float, Field(ge=0.001, le=100, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)]
 Index = Annotated[int, Field(ge=0)]
 Choices = Field(min_length=1)
+IndexChoices = Annotated[
+    tuple[Annotated[tuple[Index, ...], Choices, AfterValidator(_each_once)], ...], Choices, AfterValidator(_each_once)
+]
+SpanChoices = Annotated[
+    tuple[Annotated[tuple[Role, ...], Choices, AfterValidator(_each_once)], ...], Choices, AfterValidator(_each_once)
+]
 
 
 class _Strict(BaseModel):
@@ -58,20 +68,17 @@ class Search(_Strict):
 
     strength: a number or [low, high]. gain: [low, high], factor on all alphas, or on the norm of a dense vector, drawn on a log
     scale. neurons: [low, high], how many are written, those with the largest |alpha| first. layers: choices of the layers
-    whose neurons are written. sites: choices of the one residual site of a dense direction. spans: choices of token roles.
+    whose neurons are written. sites: choices of the residual sites that a dense direction is added at; one with a single
+    vector may be moved. spans: choices of token roles.
     ramp_s: [low, high], seconds over which the strength grows at the start of an episode.
     """
 
     strength: StrengthRange = (0.1, 1.0)
     gain: Annotated[tuple[Gain, Gain], AfterValidator(_ordered)] | None = None
     neurons: Annotated[tuple[Annotated[int, Field(ge=1)], int], AfterValidator(_ordered)] | None = None
-    layers: Annotated[tuple[Annotated[tuple[Index, ...], Choices], ...], Choices, AfterValidator(_each_once)] | None = (
-        None
-    )
-    sites: Annotated[tuple[Index, ...], Choices, AfterValidator(_each_once)] | None = None
-    spans: Annotated[tuple[Annotated[tuple[Role, ...], Choices], ...], Choices, AfterValidator(_each_once)] | None = (
-        None
-    )
+    layers: IndexChoices | None = None
+    sites: IndexChoices | None = None
+    spans: SpanChoices | None = None
     ramp_s: Annotated[tuple[Seconds, Seconds], AfterValidator(_ordered)] | None = None
 
 
@@ -106,7 +113,7 @@ class TuneSettings(StudySettings):
     damage: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     least: Annotated[int, Field(ge=2)] = 4
     held_out: HeldOut | None = None
-    conditions: tuple[Unsteered, ...] = (Unsteered(kind="unsteered"),)
+    conditions: Annotated[tuple[Unsteered, ...], BeforeValidator(_own)] = (Unsteered(kind="unsteered"),)
 
     @property
     def decides(self) -> dict[str, Any]:
@@ -119,8 +126,6 @@ class TuneSettings(StudySettings):
 def read_tuning(path: Path) -> TuneSettings:
     """The checked content of a tuning's YAML, its paths made absolute. Raises SteerError: 'bad_study', 'no_store'."""
     settings = read_settings(path, TuneSettings)
-    if settings.conditions != (Unsteered(kind="unsteered"),):
-        raise SteerError("bad_study", f"{path} has `conditions`: a tuning makes its own; drop them")
     if settings.store is None:
         raise SteerError(
             "no_store", f"{path} names {settings.name!r} but no `store`: give the folder of its directions"

@@ -33,15 +33,15 @@ class Point:
     gain: float = 1.0
     neurons: int | None = None
     layers: tuple[int, ...] | None = None
-    site: int | None = None
+    sites: tuple[int, ...] | None = None
     span: frozenset[Role] | None = None
     ramp_s: float = 0.0
 
     def to_jsonable(self) -> dict[str, Any]:
         """What is chosen, without what is left as it is."""
         span = None if self.span is None else sorted(self.span)
-        layers = None if self.layers is None else list(self.layers)
-        whole = {**asdict(self), "span": span, "layers": layers}
+        layers, sites = (None if v is None else list(v) for v in (self.layers, self.sites))
+        whole = {**asdict(self), "span": span, "layers": layers, "sites": sites}
         return {k: v for k, v in whole.items() if v is not None and (k, v) not in (("gain", 1.0), ("ramp_s", 0.0))}
 
 
@@ -49,13 +49,14 @@ def suggest(trial: Trial, search: Search) -> Point:
     """Ask the sampler; a number that is held is not asked for. Rounded: nobody commands a strength of twelve digits."""
     low, high = search.strength
     layers = None if search.layers is None else trial.suggest_categorical("layers", [_text(c) for c in search.layers])
+    sites = None if search.sites is None else trial.suggest_categorical("sites", [_text(c) for c in search.sites])
     spans = None if search.spans is None else trial.suggest_categorical("span", [_text(c) for c in search.spans])
     return Point(
         strength=low if low == high else round(trial.suggest_float("strength", low, high), 3),
         gain=1.0 if search.gain is None else round(trial.suggest_float("gain", *search.gain, log=True), 3),
         neurons=None if search.neurons is None else trial.suggest_int("neurons", *search.neurons),
         layers=None if layers is None else tuple(int(part) for part in layers.split(",")),
-        site=None if search.sites is None else int(trial.suggest_categorical("site", [str(s) for s in search.sites])),
+        sites=None if sites is None else tuple(int(part) for part in sites.split(",")),
         span=None if spans is None else frozenset(spans.split(",")),  # type: ignore[arg-type]
         ramp_s=0.0 if search.ramp_s is None else round(trial.suggest_float("ramp_s", *search.ramp_s), 2),
     )
@@ -97,8 +98,8 @@ def shaped(direction: Direction, point: Point) -> Direction:
         alpha = neurons.alpha[kept] * np.float32(point.gain)
         neurons = replace(neurons, layer=neurons.layer[kept], neuron=neurons.neuron[kept], alpha=alpha, low=low)
     if dense is not None:
-        if point.site is not None:
-            dense = {point.site: _vector(direction, dense, point.site)}
+        if point.sites is not None:
+            dense = {site: _vector(direction, dense, site) for site in sorted(point.sites)}
         dense = {site: vector * np.float32(point.gain) for site, vector in dense.items()}
     made = replace(direction, neurons=neurons, dense=dense, span=direction.span if point.span is None else point.span)
     if made.hash == direction.hash:
@@ -122,9 +123,10 @@ def require(search: Search, direction: Direction, tower: Tower) -> None:
         for name in ("neurons", "layers"):
             if getattr(search, name) is not None:
                 raise _bad(f"`{name}` does not apply to {who}, which is dense: choose among `sites`, `gain`, `spans`")
-        for site in search.sites or ():
+        asked = sorted({site for sites in search.sites or () for site in sites})
+        for site in asked:
             _vector(direction, direction.dense or {}, site)
-        require_reach(tower, sites=search.sites or (), who="the search would write to")
+        require_reach(tower, sites=asked, who="the search would write to")
     else:
         if search.sites is not None:
             raise _bad(f"`sites` does not apply to {who}, which writes neurons: choose among `layers` and `neurons`")

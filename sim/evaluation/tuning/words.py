@@ -11,7 +11,7 @@ from typing import Any
 from sim.evaluation.analysis.verdict import DASH, number, percent
 
 Found = Mapping[str, Any]
-_NAMES = {"gain": "gain", "neurons": "neurons", "layers": "layers", "site": "site", "span": "on", "ramp_s": "ramp"}
+_NAMES = {"gain": "gain", "neurons": "neurons", "layers": "layers", "sites": "sites", "span": "on", "ramp_s": "ramp"}
 
 
 def point(values: Found) -> str:
@@ -62,8 +62,8 @@ def checked_rows(found: Found) -> list[dict[str, str]]:
                 "end": c["end"],
                 "strength": f"{c['strength']:.3g}",
                 f"change {unit}".strip(): _with_interval(c["change"]),
-                "success": _with_interval(c["success"], 100.0),
-                "unsteered": _with_interval(c["unsteered"], 100.0),
+                "success, %": _with_interval(c["success"], 100.0),
+                "unsteered, %": _with_interval(c["unsteered"], 100.0),
                 "difference, points": _with_interval(c["difference"], 100.0, sign=True),
                 "damage": number(c["damage"]),
                 "pairs": str(c["success"]["n"]),
