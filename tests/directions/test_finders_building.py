@@ -126,6 +126,17 @@ def test_the_shipped_catalog_has_every_axis_from_every_finder() -> None:
     assert {entry.name for entry in catalog.entries if not entry.axis} == {"careful-token"}
 
 
+def test_the_catalog_of_the_pocket_pi0_is_what_was_chosen_from_its_sweep() -> None:
+    folder = Path(building.__file__).parents[2] / "configs" / "catalogs"
+    swept, chosen = (read_catalog(folder / f"pocket-pi0-libero{part}.yaml") for part in ("-sweep", ""))
+    assert [e.name for e in chosen.entries] == [e.name for e in swept.entries]
+    for mine, theirs in zip(chosen.entries, swept.entries, strict=True):
+        assert not mine.sweep
+        assert (mine.finder, mine.tower, mine.axis) == (theirs.finder, theirs.tower, True)
+        assert mine.options in [variant.options for variant in theirs.variants.values()]
+    assert {e.tower for e in chosen.entries} == {"prefix", "expert"}
+
+
 def test_words_written_by_neurons_write_the_same_vector_with_the_smallest_activations(
     tiny_policy: OpenVLAPolicy,
 ) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 CONTROLS = ("gaussian", "pairs")
-_NAME = 34
+_NAME = 30
 """Characters of a name on one line of the table."""
 
 
@@ -170,7 +170,7 @@ def _show(summary: Summary, title: str, random: int) -> None:
     # Twelve columns fit a page of paper without the lines between them.
     table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
     effect = 5 + several
-    for column in (table.columns[1], table.columns[effect]):
+    for column in (table.columns[1], table.columns[effect - 3], table.columns[effect]):
         column.no_wrap = True
     table.columns[0].min_width = min(_NAME, max((len(one.direction.name) for one in summary.scores), default=1))
     table.columns[0].max_width = _NAME
