@@ -182,12 +182,23 @@ class AttributionOptions(Signed):
     site: int | None = Field(None, ge=0, description="Dense: residual site, 0 the embeddings; default the last.")
     layers: tuple[int, ...] = Field((), description="Neurons: layers; default all.")
     count: int = Field(20, ge=1, description="Neurons: how many.")
+    write: Literal["add", "scale"] = Field(
+        "add",
+        description="Neurons: add one range each, or scale: those that raise the observable by alpha (default 2), those that "
+        "lower it by 2 - alpha.",
+    )
     norm: float | None = Field(
         None,
         gt=0,
         description="Norm of what is written, in mean norms of a word embedding (an expert: of a row of the action basis); "
         "default: neurons one range each, dense 1.",
     )
+
+    @model_validator(mode="after")
+    def _scaled_neurons(self) -> AttributionOptions:
+        if self.write == "scale" and (self.form != "neurons" or self.norm is not None):
+            raise ValueError("write scale goes with form neurons and without norm")
+        return self
 
 
 class ProbeOptions(OnMoments):

@@ -34,6 +34,8 @@ from steer_runtime.errors import SteerError
 from steer_runtime.moments import Moment
 from steer_runtime.types import Role
 
+LOUDER = 2.0
+"""Factor of neurons that raise the observable, when they are scaled."""
 _TINY = 1e-30
 
 
@@ -55,7 +57,9 @@ class Attribution:
 def find(material: Material, recipe: Recipe, options: AttributionOptions) -> Direction:
     """Neurons: the `count` of the largest |mean f_j dO/df_j| for an observable O; each is added
     a_j = sign(mean dO/df_j) s_j, s_j the standard deviation of its own clean activation in the span (recipe.alpha: how many).
-    Dense: mean dO/dh at a site, of norm `norm` (default 1).
+    Scaled: the same neurons, those with a part above zero by alpha (default 2) and those below by 2 - alpha, which changes O
+    by (alpha - 1) sum |part_j| to first order and does nothing where a neuron is silent: so what is written depends on the
+    moment, which no summand does. Dense: mean dO/dh at a site, of norm `norm` (default 1).
 
     Through the greedy words and tokens no gradient passes: for what a policy says first, attribute `said_<slot>`.
     Raises SteerError: 'unknown_observable', 'no_gradient', 'no_token', 'not_finite', 'dead_layer'.
@@ -78,12 +82,30 @@ def find(material: Material, recipe: Recipe, options: AttributionOptions) -> Dir
         return place_vector(material, recipe, site, sign * at.gradient, facts, norm=options.norm or 1.0)
     of_layer = {layer: found[("ffn", layer)] for layer in layers}
     pairs = strongest({layer: of_layer[layer].part for layer in layers}, options.count)
+    if options.write == "scale":
+        return _scaled(material, recipe, pairs, {pair: sign * of_layer[pair[0]].part[pair[1]] for pair in pairs}, facts)
     summands = [sign * np.sign(of_layer[layer].gradient[j]) * of_layer[layer].spread[j] for layer, j in pairs]
     facts["first_order_effect"] = sum(
         abs(float(of_layer[layer].gradient[j] * of_layer[layer].spread[j])) for layer, j in pairs
     )
     scores = [of_layer[layer].part[j] for layer, j in pairs]
     return place_neurons(material, recipe, pairs, np.array(summands), facts, norm=options.norm, scores=scores)
+
+
+def _scaled(
+    material: Material,
+    recipe: Recipe,
+    pairs: Sequence[tuple[int, int]],
+    parts: Mapping[tuple[int, int], float],
+    facts: dict[str, Any],
+) -> Direction:
+    if recipe.op not in (None, "scale") or recipe.low is not None:
+        raise SteerError("bad_operation", f"direction {recipe.name!r} scales neurons: drop `op` and `low`")
+    louder = LOUDER if recipe.alpha is None else recipe.alpha
+    factors = np.array([louder if parts[pair] > 0 else 2.0 - louder for pair in pairs])
+    facts["first_order_effect"] = (louder - 1.0) * sum(abs(parts[pair]) for pair in pairs)
+    scores = [float(parts[pair]) for pair in pairs]
+    return place_neurons(material, recipe, pairs, factors, facts, norm=None, scores=scores, op="scale")
 
 
 def attribute(
