@@ -439,3 +439,48 @@ def refused(action: Callable[[], object]) -> SteerError:
     with pytest.raises(SteerError) as caught:
         action()
     return caught.value
+
+
+# several sites, scaled neurons
+
+
+def test_a_contrast_of_several_sites_writes_each_its_own_difference(policy: Pi0Policy, file: Path) -> None:
+    wordings = {"moments": file, "positive": ["{} fast"], "negative": ["{} slow"]}
+    both = found("contrast", policy, "expert", sites=[1, 2], **wordings)
+    assert both.provenance["site"] == [1, 2]
+    for site in (1, 2):
+        alone = found("contrast", policy, "expert", site=site, **wordings)
+        np.testing.assert_allclose((both.dense or {})[site], (alone.dense or {})[site], rtol=1e-6)
+    with pytest.raises(SteerError):
+        options_for("contrast", {**wordings, "sites": [1], "site": 1})
+
+
+def test_scaling_by_attribution_moves_the_observable_both_ways(
+    policy: Pi0Policy, file: Path, moments: list[Moment]
+) -> None:
+    recipe = replace(RECIPE, alpha=1.3)
+    raised, lowered = (
+        found(
+            "attribution", policy, "expert", recipe, moments=file, observable="dz", count=40, write="scale", invert=way
+        )
+        for way in (False, True)
+    )
+    assert raised.op == lowered.op == "scale"
+    assert raised.neurons is not None
+    assert lowered.neurons is not None
+    np.testing.assert_allclose(np.unique(raised.neurons.alpha), [0.7, 1.3], rtol=1e-6)
+    np.testing.assert_allclose(raised.neurons.alpha + lowered.neurons.alpha, 2.0, rtol=1e-6)
+
+    def dz(direction: Direction | None = None) -> float:
+        return float(np.mean([actions(policy, m, direction)[2] for m in moments]))
+
+    assert dz(lowered) < dz() < dz(raised)
+    scale = policy.action_space.position_scale_m
+    # To first order: the sum of parts. The policy bends, so half to twice of it.
+    assert 0.5 < (dz(raised) - dz(lowered)) * scale / (2 * raised.provenance["first_order_effect"]) < 2.0
+
+
+@pytest.mark.parametrize("options", [{"form": "dense"}, {"norm": 2.0}])
+def test_only_neurons_are_scaled_and_by_their_own_factor(options: dict[str, Any], file: Path) -> None:
+    with pytest.raises(SteerError, match="write scale"):
+        options_for("attribution", {"moments": file, "observable": "dz", "write": "scale", **options})
