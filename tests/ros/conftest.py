@@ -74,7 +74,7 @@ def shared_client() -> Iterator[SteeringClient]:
 def client(policy_process: PolicyProcess, driver: SensorDriver, shared_client: SteeringClient) -> SteeringClient:
     """A connected client of an active node that steers nothing."""
     driver.describe()
-    shared_client.wait_state(lambda state: state.lifecycle == "active", timeout=60.0)
+    shared_client.wait_state(lambda state: state.lifecycle == "active", timeout=180.0)
     driver.wait_matched()
     driver.ask()
     cleared = shared_client.wait_verdict(shared_client.clear())
