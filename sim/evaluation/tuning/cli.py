@@ -249,7 +249,6 @@ def _episodes(total: int, done: int) -> Iterator[Any]:
 
 
 def _show_plan(tuning: Tuning, policy: LoadedPolicy, workers: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from sim.evaluation.study.cli import one_inference
@@ -265,7 +264,7 @@ def _show_plan(tuning: Tuning, policy: LoadedPolicy, workers: int) -> None:
         wanted = "up" if end.sign > 0 else "down"
         episodes = settings.trials * len(tuning.study.planned)
         table.add_row(end.name, end.direction.id, wanted, str(settings.trials), str(episodes))
-    console = Console()
+    console = _console()
     console.print(table)
     searched = settings.search.model_dump(mode="json", exclude_none=True)
     console.print("searched: " + "; ".join(f"{name} {value}" for name, value in searched.items()))
@@ -277,11 +276,9 @@ def _show_plan(tuning: Tuning, policy: LoadedPolicy, workers: int) -> None:
 
 
 def _show(found: Mapping[str, Any], most: int | None = 10) -> None:
-    from rich.console import Console
-
     from sim.evaluation.tuning.words import answers, rows
 
-    console = Console()
+    console = _console()
     for end, its in found["ends"].items():
         _table(console, f"{end}: {its['direction']}", rows(found, end, most))
     for sentence in answers(found):
@@ -289,11 +286,9 @@ def _show(found: Mapping[str, Any], most: int | None = 10) -> None:
 
 
 def _show_checked(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
     from sim.evaluation.tuning.words import answers, checked_rows
 
-    _table(Console(), "held-out starts", checked_rows(found))
+    _table(_console(), "held-out starts", checked_rows(found))
     for sentence in answers(found):
         typer.echo(sentence)
 
@@ -309,3 +304,11 @@ def _table(console: Any, title: str, rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+
+
+def _console() -> Any:
+    """Wide enough for the tables where nobody looks at it in a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=170)
