@@ -307,7 +307,7 @@ def config(folder: Path, policy: LoadedPolicy) -> Path:
 
 
 def command(*words: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "steer_runtime.cli.main", "tune", *words]
+    line = [sys.executable, "-c", "from steer_runtime.cli.main import main; main()", "tune", *words]
     root = Path(__file__).parents[2]
     return subprocess.Popen(
         line, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
