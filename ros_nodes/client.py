@@ -32,6 +32,8 @@ from steer_runtime.errors import SteerError
 from steer_runtime.steering.command import CommandOp, SteeringCommand, Verdict
 from steer_runtime.types import Role, SteeringStamp
 
+LATCHED_S = 5.0
+"""Wait for what a publisher that has been discovered has latched."""
 DEFAULT_TIMEOUT_S = 8.0
 """Discovery between two processes takes up to 2.8 s; a busy machine needs more."""
 MAX_VERDICTS = 4096
@@ -250,8 +252,14 @@ class SteeringClient:
         return self._state_or_raise(wanted, timeout, "the wanted state")
 
     def robot(self, timeout: float = 0.0) -> RobotStatus | None:
-        """What the robot said after its last control step; None when none is heard within `timeout` seconds."""
-        return self._wait(lambda: self._robot, timeout)
+        """What the robot said after its last control step; None when none is heard within `timeout` seconds.
+
+        A robot that is there, and whose latched status is on its way, is waited for a little longer.
+        """
+        found = self._wait(lambda: self._robot, timeout)
+        if found is None and timeout and self._node.count_publishers("episode"):
+            return self._wait(lambda: self._robot, LATCHED_S)
+        return found
 
     def directions(self, timeout: float = DEFAULT_TIMEOUT_S) -> tuple[KnownDirection, ...]:
         """Directions loaded in the node."""

@@ -154,12 +154,14 @@ def test_silent_robot_lets_the_strength_go_and_it_begins_anew_at_rest(
 
 def test_measurement_that_is_no_number_moves_nothing(client: SteeringClient, robot: MovingRobot) -> None:
     with hold(target="'0.5 m/s'", strength_high=0.5):
-        client.wait_state(lambda s: held_by_node(s, 0.45), timeout=40.0)
+        # At its limit, where nothing is on its way any more.
+        client.wait_state(lambda s: held_by_node(s, 0.4999), timeout=40.0)
         robot.nan = True
         before = strength_in(client.next_state())
         for _ in range(5):
             state = client.next_state()
-        assert strength_in(state) == pytest.approx(before, abs=1e-6)
+        # The ramp to the limit may still have its last ten-thousandth to go.
+        assert strength_in(state) == pytest.approx(before, abs=2e-4)
         assert strength_in(state) <= 0.5
 
 
