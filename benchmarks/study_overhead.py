@@ -7,6 +7,9 @@ table and one JSON line. Times run from the first episode handed out to the tabl
 
 With one worker this is all that is neither of these: reading the simulator's state, hooks, journal, tables, messages between
 processes. With two it also holds the time in which one has nothing left to do.
+
+A worker alone lets Mesa draw on all cores, so a second one brings less than twice the speed where drawing dominates. Core for
+core: `LP_NUM_THREADS=0 python -m benchmarks.study_overhead`.
 """
 
 from __future__ import annotations

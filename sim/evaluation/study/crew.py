@@ -26,7 +26,10 @@ if TYPE_CHECKING:  # a worker imports these itself; whoever only plans does not 
     from sim.evaluation.study.episode import EpisodeRunner, Finished, Work
 
 THREADS: Mapping[str, str] = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-"""One thread a worker: two workers on two cores are then twice as fast as one."""
+"""One thread a worker: its sums are then taken in one order everywhere."""
+SHARED: Mapping[str, str] = {**THREADS, "LP_NUM_THREADS": "0"}
+"""The same where workers share the cores: Mesa then draws in the calling thread. Alone, a worker lets it draw on all cores,
+which is faster and gives the same pictures."""
 Refused = tuple[str, str]
 """A SteerError as data: its constructor takes two arguments, which pickling of exceptions forgets."""
 
@@ -71,13 +74,15 @@ class Process:
 
     deaths: tuple[type[BaseException], ...] = (BrokenProcessPool,)
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] = THREADS) -> None:
+        """environment: variables that the process is to find."""
+        self._environment = environment
         self._pool: ProcessPoolExecutor | None = None
 
     def open(self, work: Work) -> Future[Refused | None]:
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_settle)
-        with _environment(THREADS):  # the process starts here, and reads it when it imports NumPy
+        with _environment(self._environment):  # the process starts here, and reads it when it imports NumPy
             return self._pool.submit(_open, work)
 
     def run(self, job: Job) -> Future[Finished]:
@@ -117,7 +122,7 @@ class RayActor:
         self._actor: Any = None
 
     def open(self, work: Work) -> Future[Refused | None]:
-        environment = {**THREADS, **{name: os.environ[name] for name in _GL if name in os.environ}}
+        environment = {**SHARED, **{name: os.environ[name] for name in _GL if name in os.environ}}
         gpus = 0 if work.shared["device"] == "cpu" else 1
         remote = self._ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment})
         self._actor = remote(_Actor).remote()
@@ -134,7 +139,7 @@ class RayActor:
 @contextmanager
 def processes(count: int) -> Iterator[list[Seat]]:
     """Seats of this machine."""
-    seats: list[Seat] = [Process() for _ in range(count)]
+    seats: list[Seat] = [Process(SHARED if count > 1 else THREADS) for _ in range(count)]
     try:
         yield seats
     finally:
