@@ -175,7 +175,9 @@ def require_openvla(policy: LoadedPolicy, what: str) -> OpenVLAPolicy:
     if isinstance(policy, OpenVLAPolicy):
         return policy
     raise SteerError(
-        "other_policy", f"{what} needs a policy of kind openvla and {policy.name!r} is a Pi0; choose another policy"
+        "other_policy",
+        f"{what} needs a policy of kind openvla and {policy.name!r} is a Pi0; name another policy, or measure this one "
+        "with `steer eval study`",
     )
 
 
