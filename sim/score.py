@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim import layouts
+from sim.intervals import wilson
 from sim.plan import Episode
 from sim.rollout import MIX, Assignment, Noise, Outcome, follow, run
 from sim.scene import Scene
@@ -58,16 +59,6 @@ def score(
                 if on_episode is not None:
                     on_episode(out[-1])
     return out
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval (Wilson 1927), as scipy computes it. Zero trials: (0, 1)."""
-    from scipy.stats import binomtest
-
-    if trials == 0:
-        return 0.0, 1.0
-    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def summary(scored: Sequence[Scored]) -> list[Row]:

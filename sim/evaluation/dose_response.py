@@ -20,7 +20,7 @@ import numpy as np
 
 from sim.evaluation.axis import OFF
 from sim.evaluation.statistics import Line, bootstrap, mean_difference
-from sim.score import wilson
+from sim.intervals import wilson
 
 Row = Mapping[str, Any]
 

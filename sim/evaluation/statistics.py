@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sim.demonstrations import write_atomically
-from sim.score import wilson
+from sim.intervals import wilson
 from steer_runtime.errors import SteerError
 
 DRAWS = 10_000

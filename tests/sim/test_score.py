@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from sim.intervals import wilson
 from sim.plan import episodes
 from sim.rollout import Outcome
-from sim.score import Scored, paired, summary, wilson
+from sim.score import Scored, paired, summary
 
 OUTCOME = Outcome("butter_1", "plain", True, True, 100, 0.2, 0.15, 0)
 

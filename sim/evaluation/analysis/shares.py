@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from sim import intervals
 from sim.evaluation.analysis.estimate import Estimate, PValue, count
 from sim.evaluation.analysis.paired import cluster_bootstrap
 from steer_runtime.errors import SteerError
@@ -50,18 +51,12 @@ class NonInferiority:
 
 
 def wilson(hits: int, n: int) -> Estimate:
-    """hits / n with Wilson's 95 % score interval (Wilson 1927), by statsmodels.
-
-    Why: at 0 or n hits the normal interval has no width and claims certainty; Wilson's has, and covers about 95 % at the
-    10 to 50 episodes that a study affords.
-    """
-    from statsmodels.stats.proportion import proportion_confint
-
+    """hits / n with the interval of sim.intervals. Raises SteerError('bad_count')."""
     if not 0 <= hits <= n:
         raise SteerError("bad_count", f"{hits} of {n} episodes cannot have succeeded")
     if n == 0:
         return Estimate(None, note="no scored episode")
-    low, high = proportion_confint(hits, n, alpha=0.05, method="wilson")
+    low, high = intervals.wilson(hits, n)
     # The score interval contains hits / n; at the ends rounding may step past it.
     return Estimate(hits / n, min(float(low), hits / n), max(float(high), hits / n), n)
 

@@ -182,7 +182,7 @@ def _show_outcome(ready: Study, done: Mapping[str, Mapping[str, Any]], title: st
     from rich.console import Console
     from rich.table import Table
 
-    from sim.score import wilson
+    from sim.intervals import wilson
 
     table = Table(title=title, title_justify="left")
     for column in ("condition", "success", "95 %", "n", "errored"):
