@@ -1,7 +1,8 @@
 """The inference loop: newest observation in, stamped chunk out, on its own thread.
 
-Invariants: a steering latch and its trace belong to exactly one inference; an action that is not finite or has the
-wrong shape is never handed on; when the policy fails the hooks come off, and after `max_restarts` the loop stays stopped.
+Invariants: a steering latch and its trace belong to exactly one inference; an action that is not finite, has the wrong
+shape or exceeds the guard's limits is never handed on; when the policy fails the hooks come off, and after
+`max_restarts` the loop stays stopped.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Literal
 
 import numpy as np
 
+from steer_runtime.chunk_guard import ChunkGuard
 from steer_runtime.errors import SteerError
+from steer_runtime.shadow import Shadow
 from steer_runtime.steering.engine import SteeringEngine
-from steer_runtime.types import COUNTED_NOTES, ActionChunk, Observation, Policy
+from steer_runtime.steering.trace import TraceRecord
+from steer_runtime.types import COUNTED_NOTES, ActionChunk, Memory, Observation, Policy, Remembering
 
 LoopState = Literal["idle", "running", "holding", "error"]
 
@@ -31,11 +35,26 @@ class LoopEvent:
     fatal: bool = False
 
 
+@dataclass(frozen=True)
+class Inference:
+    """One inference as it was: with the same observation, memory and steering it can be run again, bit for bit.
+
+    memory: the policy's, before it. chunk: as the policy answered, before any guard.
+    """
+
+    observation: Observation
+    memory: Memory
+    record: TraceRecord
+    chunk: ActionChunk
+
+
 class InferenceLoop:
     """Runs `policy` under `engine` on the newest observation.
 
     on_chunk and on_event are called on the loop's thread; an exception in them counts as a failure of the policy side.
+    on_inference hears of each inference with a well-formed chunk, there too, before the chunk is judged or handed on.
     max_restarts: how many failures of the policy are answered by a restart before the loop gives up.
+    guard: limits that every chunk is held to. shadow: inferences repeated without steering, after their chunk has gone out.
     """
 
     def __init__(
@@ -46,13 +65,20 @@ class InferenceLoop:
         on_event: Callable[[LoopEvent], None],
         *,
         max_restarts: int = 3,
+        guard: ChunkGuard | None = None,
+        shadow: Shadow | None = None,
+        on_inference: Callable[[Inference], None] = lambda inference: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
         self._engine = engine
         self._on_chunk = on_chunk
         self._on_event = on_event
+        self._on_inference = on_inference
         self._max_restarts = max_restarts
+        self._guard = guard
+        self._shadow = shadow
+        self._excess_told = False
         self._clock = clock
         self._condition = threading.Condition()
         self._newest: tuple[Observation, float] | None = None
@@ -72,6 +98,10 @@ class InferenceLoop:
                     "cancelled_inferences",
                     "policy_errors",
                     "bad_actions",
+                    "clamped_chunks",
+                    "vetoed_chunks",
+                    "shadow_inferences",
+                    "shadow_gripper_rows",
                     *COUNTED_NOTES,
                 ),
                 0,
@@ -97,6 +127,7 @@ class InferenceLoop:
         self._newest = None
         self._again = self._restarting = False
         self._policy.reset()
+        self._forget_motion()
         if not self._engine.attached:
             self._engine.attach()
         self._state = "running"
@@ -171,8 +202,13 @@ class InferenceLoop:
                     return
 
     def _infer(self, observation: Observation, received_s: float) -> None:
+        if self._guard is not None and self._state == "holding":
+            self._guard.reset()  # the robot has come to rest
         steering = self._engine.latch()
         self._tell_gripper(observation)
+        if self._shadow is not None:
+            self._shadow.before()
+        memory = self._policy.memory() if isinstance(self._policy, Remembering) else {}
         try:
             chunk = self._policy.infer(observation)
         except SteerError as error:
@@ -188,6 +224,19 @@ class InferenceLoop:
             self._count("bad_actions")
             self._hold_after(LoopEvent("bad_action", fault))
             return
+        self._on_inference(Inference(observation, memory, record, chunk))
+        inferred = chunk
+        if self._guard is not None:
+            try:
+                chunk, excess = self._guard.check(chunk)
+            except SteerError as error:
+                self._count("vetoed_chunks")
+                self._alarm_once(error.sentence)
+                self._hold_after(LoopEvent(error.code, error.sentence))
+                return
+            if excess is not None:
+                self._count("clamped_chunks")
+                self._alarm_once(f"{excess.sentence}; it was clamped")
         notes = {**chunk.notes, "steering_interrupted": 1.0} if record.interrupted else chunk.notes
         stamped = chunk.stamped(
             inference_id=record.inference_id,
@@ -205,6 +254,27 @@ class InferenceLoop:
                 return
             self._state = "running"
         self._on_chunk(stamped)
+        if self._shadow is not None and self._shadow.due and record.strengths and not record.interrupted:
+            self._repeat_unsteered(self._shadow, observation, inferred)
+
+    def _repeat_unsteered(self, shadow: Shadow, observation: Observation, steered: ActionChunk) -> None:
+        try:
+            moved = shadow.run(observation, steered)
+        except SteerError as error:
+            # Cancelled by a command that wants the next inference, or not finite: nothing was measured.
+            self._count(f"shadow_{error.code}")
+            with self._condition:
+                self._restarting = False
+            return
+        with self._condition:
+            self._counters["shadow_inferences"] += 1
+            self._counters["shadow_gripper_rows"] += moved.gripper
+
+    def _alarm_once(self, sentence: str) -> None:
+        """The engine's alarms are what operators see; the same kind of excess in every chunk is one of them."""
+        if not self._excess_told:
+            self._excess_told = True
+            self._engine.alarm(sentence)
 
     def _tell_gripper(self, observation: Observation) -> None:
         """What the robot last told its gripper: of a chunk replanned before its end, that is not the last row."""
@@ -246,6 +316,11 @@ class InferenceLoop:
             self._on_event(LoopEvent("policy_failed", f"the policy did not restart: {again}", True))
             return False
         return True
+
+    def _forget_motion(self) -> None:
+        self._excess_told = False
+        if self._guard is not None:
+            self._guard.reset()
 
     def _hold_after(self, event: LoopEvent) -> None:
         self._state = "holding"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -205,3 +205,28 @@ class Policy(Protocol):
 
     def announce_roles_to(self, listener: TokenRoles | None) -> None:
         """Set (or clear) who is told the token roles before each forward."""
+
+
+Memory = Mapping[str, Any]
+"""What a policy takes over from one inference to the next: names and plain JSON values, so that it can be recorded."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A policy whose inference after `remember(m)` is the one that followed when `memory()` gave m."""
+
+    def memory(self) -> Memory:
+        """Everything that the next inference depends on besides its observation; never changed afterwards."""
+
+    def remember(self, memory: Memory) -> None:
+        """Go back to a memory. Raises SteerError('other_memory') for one of another kind of policy."""
+
+
+def require_memory(policy: str, memory: Memory, names: Sequence[str]) -> None:
+    """Refuse a memory that has not exactly these names. Raises SteerError('other_memory')."""
+    if set(memory) != set(names):
+        raise SteerError(
+            "other_memory",
+            f"policy {policy!r} is given a memory of {', '.join(sorted(memory)) or 'nothing'}: expected "
+            f"{', '.join(names)}; give it one of its own",
+        )

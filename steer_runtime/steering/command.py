@@ -1,6 +1,7 @@
 """Commands from operators, and the desk that admits or refuses them.
 
-Invariant: a refused command changes nothing; every command gets exactly one verdict; time is injected.
+Invariant: a refused command changes nothing; every command gets exactly one verdict; anybody may stop everything, only
+sources on the list may steer; time is injected.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from steer_runtime.directions.direction import Axis, Direction
@@ -63,7 +64,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on commands. Times in seconds, slew in strength units a second."""
+    """Bounds on commands. Times in seconds, slew in strength units a second.
+
+    sources: who may steer; empty is anybody. source_timeout_s: what a source holds is released when it has sent nothing
+    admitted for so long. max_strength: of every direction, on top of its own limit; max_strengths: of some, by name.
+    max_dose: largest relative change of the residual stream; a strength is limited to max_dose / doses[name], with doses by
+    direction at strength 1, where they are known (taken to grow in proportion, as in `setpoint.limits`); None: no limit.
+    """
 
     max_age_s: float = 1.0
     max_future_s: float = 0.2
@@ -75,13 +82,33 @@ class Limits:
     over_limit: Literal["clamp", "reject"] = "clamp"
     max_sources: int = 64
     max_targets: int = 32
+    sources: frozenset[str] = frozenset()
+    source_timeout_s: float = math.inf
+    max_strength: float = 1.0
+    max_strengths: Mapping[str, float] = field(default_factory=dict)
+    max_dose: float | None = None
+    doses: Mapping[str, float] = field(default_factory=dict)
+
+    def largest(self, direction: Direction) -> tuple[float, str]:
+        """Largest strength of a direction, and what sets it."""
+        bounds = [
+            (direction.max_strength, "the direction's own limit"),
+            (self.max_strength, "the limit of this robot"),
+            (self.max_strengths.get(direction.name, math.inf), "the limit of this robot for it"),
+        ]
+        dose = self.doses.get(direction.name, 0.0)
+        if self.max_dose is not None and dose > 0:
+            bounds.append((self.max_dose / dose, f"a dose of {self.max_dose:g}"))
+        return min(bounds, key=lambda bound: bound[0])
 
 
 @dataclass(frozen=True)
 class Active:
     """One target being steered: a ramp from `start` at `start_s` to `goal` at `goal_s`, released from `expires_s` on.
 
-    Times are the engine's steady clock. `order` counts acceptances: newer wins among equal priorities.
+    Times are the engine's steady clock. `order` counts acceptances: newer wins among equal priorities. held_until_s: when
+    the command itself expires; expires_s is that, or earlier when its source falls silent. asked: strength that was
+    accepted; goal is `backed_off` times it.
     """
 
     target: str
@@ -98,6 +125,9 @@ class Active:
     source: str
     span: frozenset[Role] | None
     steps: tuple[int, int] | None = None
+    held_until_s: float = math.inf
+    asked: float = 0.0
+    backed_off: float = 1.0
 
     def strength_at(self, now_s: float) -> float:
         """Signed strength at a moment of the steady clock."""
@@ -143,9 +173,21 @@ class CommandDesk:
     _newest: OrderedDict[str, tuple[int, int]] = field(default_factory=OrderedDict)
     _order: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises SteerError('unknown_direction' | 'bad_limit') for limits of what is not loaded, or that are none."""
+        for name, value in (*self.limits.max_strengths.items(), *self.limits.doses.items()):
+            if name not in self.directions:
+                raise SteerError(
+                    "unknown_direction",
+                    f"a limit names direction {name[:80]!r}, which is not loaded: {nearest(name, self.directions)}",
+                )
+            if not 0.0 <= value < math.inf:
+                raise SteerError("bad_limit", f"the limit of {name!r} is {value}: expected a finite number from 0 on")
+
     def admit(self, command: SteeringCommand, now_s: float, wall_ns: int) -> tuple[str, str, float]:
         """Apply a command to `active`. Returns (code, sentence, applied strength). Raises SteerError when refused."""
         _check_fields(command, self.limits)
+        self._check_source(command)
         self._check_time(command, wall_ns)
         self._check_order(command)
         for name in [name for name, entry in self.active.items() if entry.over_at(now_s)]:
@@ -157,8 +199,45 @@ class CommandDesk:
         target, positive, negative = self._resolve(command.target)
         self._check_owner(command, target)
         if command.op == "clear":
-            return self._clear(command, target, now_s)
-        return self._set(command, target, positive, negative, now_s)
+            answer = self._clear(command, target, now_s)
+        else:
+            answer = self._set(command, target, positive, negative, now_s)
+        self._heard_from(command.source, now_s)
+        return answer
+
+    def back_off(self, share: float, now_s: float) -> None:
+        """Let every strength fall to a share, in [0, 1], of what it is now; a new strength lifts it, a repetition does not."""
+        for target, entry in self.active.items():
+            start = entry.strength_at(now_s)
+            if now_s > entry.expires_s or entry.over_at(now_s) or start == 0.0:
+                continue
+            goal = start * share
+            self.active[target] = replace(
+                entry,
+                start=start,
+                start_s=now_s,
+                goal=goal,
+                goal_s=now_s + abs(goal - start) / self.limits.max_slew,
+                backed_off=goal / entry.asked if entry.asked else 0.0,
+            )
+
+    def _heard_from(self, source: str, now_s: float) -> None:
+        """A source that still sends keeps what it holds, as long as that is held for."""
+        if math.isinf(self.limits.source_timeout_s):
+            return
+        for target, entry in self.active.items():
+            if entry.source == source and now_s <= entry.expires_s:
+                expires_s = min(entry.held_until_s, now_s + self.limits.source_timeout_s)
+                self.active[target] = replace(entry, expires_s=expires_s)
+
+    def _check_source(self, command: SteeringCommand) -> None:
+        allowed = self.limits.sources
+        if allowed and command.source not in allowed and command.op != "clear_all":
+            raise SteerError(
+                "source_not_allowed",
+                f"source {command.source!r} may not steer here: {nearest(command.source, allowed)}; only clear_all is open "
+                "to everybody",
+            )
 
     def _check_time(self, command: SteeringCommand, wall_ns: int) -> None:
         age = (wall_ns - command.stamp_ns) / 1e9
@@ -236,12 +315,13 @@ class CommandDesk:
     ) -> tuple[str, str, float]:
         asked = command.strength
         chosen = negative if asked < 0 and negative is not None else positive
-        low = -chosen.max_strength if negative is not None else 0.0
-        goal = min(max(asked, low), chosen.max_strength)
+        high, why = self.limits.largest(chosen)
+        low = -high if negative is not None else 0.0
+        goal = min(max(asked, low), high)
         if goal != asked and self.limits.over_limit == "reject":
             raise SteerError(
                 "over_limit",
-                f"strength {asked:g} of {target!r} is outside [{low:g}, {chosen.max_strength:g}]; send one within",
+                f"strength {asked:g} of {target!r} is outside [{low:g}, {high:g}], set by {why}; send one within",
             )
         if target not in self.active and len(self.active) >= self.limits.max_targets:
             raise SteerError(
@@ -251,9 +331,12 @@ class CommandDesk:
         chosen_from = [d for d in (positive, negative) if d is not None]
         self._check_span(command, chosen_from)
         self._check_steps(command, chosen_from)
-        self._start_ramp(command, target, positive, negative, goal, now_s)
+        applied = self._start_ramp(command, target, positive, negative, goal, now_s)
+        if applied != goal:
+            sentence = f"{target!r} was backed off to {applied:g} and stays there: send another strength to leave it"
+            return "clamped", sentence, applied
         if goal != asked:
-            return "clamped", f"strength {asked:g} of {target!r} was clamped to {goal:g}", goal
+            return "clamped", f"strength {asked:g} of {target!r} was clamped to {goal:g} by {why}", goal
         return "accepted", f"{target!r} goes to {goal:g}", goal
 
     def _check_span(self, command: SteeringCommand, directions: list[Direction]) -> None:
@@ -298,9 +381,13 @@ class CommandDesk:
         negative: Direction | None,
         goal: float,
         now_s: float,
-    ) -> None:
+    ) -> float:
+        """Returns where the ramp goes: `goal`, or less where a repeated command meets what it was backed off to."""
         before = self.active.get(target)
         start = before.strength_at(now_s) if before is not None else 0.0
+        repeated = before is not None and (before.source, before.asked) == (command.source, goal)
+        backed_off = before.backed_off if before is not None and repeated else 1.0
+        asked, goal = goal, goal * backed_off
         ramp = self.limits.default_ramp_s if command.ramp_s is None else command.ramp_s
         ramp = max(ramp, abs(goal - start) / self.limits.max_slew)
         hold = math.inf if command.hold_s is None else command.hold_s
@@ -313,14 +400,18 @@ class CommandDesk:
             start_s=now_s,
             goal=goal,
             goal_s=now_s + ramp,
-            expires_s=now_s + hold,
+            expires_s=min(now_s + hold, now_s + self.limits.source_timeout_s),
             release_s=max(self.limits.release_s, 1.0 / self.limits.max_slew),
             priority=command.priority,
             order=self._order,
             source=command.source,
             span=command.span,
             steps=command.steps,
+            held_until_s=now_s + hold,
+            asked=asked,
+            backed_off=backed_off,
         )
+        return goal
 
 
 def _check_fields(command: SteeringCommand, limits: Limits) -> None:

@@ -24,7 +24,7 @@ from steer_runtime.errors import SteerError, nearest
 from steer_runtime.steering.command import Active, CommandDesk, Limits, SteeringCommand, Verdict
 from steer_runtime.steering.operations import writes
 from steer_runtime.steering.sites import DensePlan, DenseSite, DoseMeter, NeuronPlan, NeuronSite, TokenLayout
-from steer_runtime.steering.trace import SiteTrace, Trace, TraceRecord
+from steer_runtime.steering.trace import AppliedTarget, SiteTrace, Trace, TraceRecord
 from steer_runtime.types import ROLES, Policy, Role, SteeringStamp, Tower, span_bits
 
 
@@ -32,7 +32,8 @@ from steer_runtime.types import ROLES, Policy, Role, SteeringStamp, Tower, span_
 class ActiveDirection:
     """One active target as operators see it. strength: now, after ramps; commanded: where it goes.
 
-    shadowed_neurons: neurons that a direction of higher priority, or a newer one, writes in its place.
+    shadowed_neurons: neurons that a direction of higher priority, or a newer one, writes in its place. backed_off: share of
+    the accepted strength that the engine leaves it (`back_off`); 1 unless something made it fall.
     """
 
     target: str
@@ -45,6 +46,7 @@ class ActiveDirection:
     shadowed_neurons: int
     expires_in_s: float | None
     steps: tuple[int, int] | None = None
+    backed_off: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ class _Applied:
     strength: float  # (0, 1]
     span: int
 
+    @property
+    def target(self) -> AppliedTarget:
+        """What it takes to apply the same again."""
+        entry = self.active
+        sign = -1.0 if self.direction is entry.negative else 1.0
+        return AppliedTarget(
+            entry.target, self.direction.id, sign * self.strength, entry.priority, self.span, entry.steps
+        )
+
     def writes_in(self, forward: int) -> bool:
         """Whether it writes in this forward of its tower, counted from 0 in each inference."""
         return self.active.steps is None or self.active.steps[0] <= forward < self.active.steps[1]
@@ -98,7 +109,8 @@ class SteeringEngine:
     """Steers one policy with the given directions and axes.
 
     limits: bounds on commands. clock: steady seconds (ramps, expiry). wall_ns: wall clock (stamps of commands).
-    measure_dose: also compute relative doses (costs a product a steered layer).
+    measure_dose: also compute relative doses (costs a product a steered layer); always where `limits` has a max_dose, and
+    an inference that exceeded it makes every strength fall to where the dose fits.
     Raises SteerError for a direction of another model, an axis of unknown directions, or a policy it cannot attach to.
     """
 
@@ -125,16 +137,18 @@ class SteeringEngine:
         self._neurons: dict[str, list[NeuronSite]] = {}
         self._dense: dict[str, list[DenseSite]] = {}
         self._phases: dict[str, dict[int, _Phase]] = {}
+        limits = limits or Limits()
+        self._max_dose = limits.max_dose
         for tower in policy.towers.values():
-            self._add_tower(tower, measure_dose)
+            self._add_tower(tower, measure_dose or limits.max_dose is not None)
         by_name = self._checked(directions)
         denoising = {tower.name: tower.firings_per_inference for tower in policy.towers.values() if tower.denoises}
-        self._desk = CommandDesk(by_name, self._checked_axes(axes, by_name), limits or Limits(), denoising=denoising)
+        self._desk = CommandDesk(by_name, self._checked_axes(axes, by_name), limits, denoising=denoising)
         self._epoch = wall_ns()
         self._snapshot = _Snapshot(SteeringStamp(self._epoch, 0), ())
         self._written: _Snapshot | None = None
         self._settled = False
-        self._strengths: tuple[tuple[str, float], ...] = ()
+        self._targets: tuple[AppliedTarget, ...] = ()
         self._latched = self._snapshot.stamp
         self._inference_id = 0
         self._interrupted = False
@@ -148,6 +162,15 @@ class SteeringEngine:
     def axes(self) -> Mapping[str, Axis]:
         """Loaded axes by name."""
         return self._desk.axes
+
+    @property
+    def steers(self) -> bool:
+        """Whether any target is active, however weak; any thread."""
+        return bool(self._snapshot.active)
+
+    def largest_strength(self, name: str) -> float:
+        """Largest accepted strength of a loaded direction: its own limit and the robot's."""
+        return self._desk.limits.largest(self._desk.directions[name])[0]
 
     @property
     def attached(self) -> bool:
@@ -220,6 +243,32 @@ class SteeringEngine:
             self._cut_in()
             self._counters["clear_now"] += 1
 
+    def back_off(self, share: float, code: str, sentence: str) -> None:
+        """Let every strength fall to a share of what it is, at the largest slew; counted under `code`, with an alarm; any
+        thread. A command of another strength lifts it.
+        """
+        with self._lock:
+            self._desk.back_off(share, self._clock())
+            self._publish()
+            self._counters[code] += 1
+        self.alarm(sentence)
+
+    def unsteered(self) -> None:
+        """Nothing is written by the forwards from here to the next latch, which writes what is commanded, as ever.
+
+        Inference thread, after `finish`; the trace does not show these forwards.
+        """
+        with self._lock:
+            self._silence()
+        self._phases.clear()
+        self._written = None
+
+    def alarm(self, sentence: str) -> None:
+        """Say something that the operator must see in the state, which keeps the newest twenty; any thread."""
+        with self._lock:
+            self._alarms.append(sentence)
+            del self._alarms[:-20]
+
     def count(self, event: str, by: int = 1) -> None:
         """Count something the operator should see in the state; any thread."""
         with self._lock:
@@ -248,9 +297,10 @@ class SteeringEngine:
         """
         record = self._record()
         self.trace.append(record)
+        self._watch_dose(record)
         if not self._handles or record.firings == record.expected_firings:
             return record
-        self._alarm(
+        self.alarm(
             f"inference {record.inference_id}: {record.firings} of {record.expected_firings} hook calls happened; "
             "steering is not trusted"
         )
@@ -286,6 +336,7 @@ class SteeringEngine:
                     shadowed_neurons=shadowed.get(entry.target, 0),
                     expires_in_s=None if entry.expires_s == float("inf") else max(0.0, entry.expires_s - now),
                     steps=entry.steps,
+                    backed_off=entry.backed_off,
                 )
             )
         return SteeringState(snapshot.stamp, self.attached, tuple(active), counters, alarms)
@@ -381,13 +432,21 @@ class SteeringEngine:
             accepted, code, sentence, source[:128], command.epoch, command.sequence, self._snapshot.stamp, strength
         )
 
-    def _alarm(self, sentence: str) -> None:
-        with self._lock:
-            self._alarms.append(sentence)
-            del self._alarms[:-20]
+    def _watch_dose(self, record: TraceRecord) -> None:
+        if self._max_dose is None:
+            return
+        dose = max((site.dose for site in record.sites if site.dose is not None), default=0.0)
+        if dose > self._max_dose * (1 + 1e-6):
+            share = self._max_dose / dose
+            self.back_off(
+                share,
+                "dose_backed_off",
+                f"inference {record.inference_id} had a dose of {dose:.3g}, expected at most {self._max_dose:g}: strengths "
+                f"fall to {share:.2f} of what they were; send a lower strength",
+            )
 
     def _site_failed(self, sentence: str) -> None:
-        self._alarm(sentence)
+        self.alarm(sentence)
         self.count("hook_failures")
 
     # -- latching (inference thread) ----------------------------------------------------------------------------
@@ -421,7 +480,7 @@ class SteeringEngine:
                 start: self._planned(tower, [item for item in mine if item.writes_in(start)]) for start in starts
             }
             self._set(name, self._phases[name][0])
-        self._strengths = tuple((item.direction.id, item.strength) for item in applied)
+        self._targets = tuple(item.target for item in applied)
         self._written = snapshot
         self._settled = all(entry.settled_at(now) or entry.over_at(now) for entry in snapshot.active)
         # A stop that arrived while this was writing must win over it.
@@ -498,13 +557,14 @@ class SteeringEngine:
         return TraceRecord(
             inference_id=self._inference_id,
             steering=self._latched,
-            strengths=self._strengths,
+            strengths=tuple((target.direction_id, abs(target.strength)) for target in self._targets),
             sites=tuple(sites),
             tokens=tuple(zip(ROLES, tokens, strict=True)),
             firings=firings,
             expected_firings=expected,
             interrupted=self._interrupted,
             tower_tokens=tuple((name, sum(layout.seen)) for name, layout in self._layouts.items()),
+            applied=self._targets,
         )
 
     def _plans_of(

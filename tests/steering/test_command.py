@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer_runtime.directions.direction import Axis
+from steer_runtime.errors import SteerError
 from steer_runtime.steering.command import Limits, SteeringCommand
 from steer_runtime.steering.engine import SteeringEngine
 from steering.subjects import Sender, Time, neuron_direction
@@ -188,3 +189,93 @@ def test_no_command_makes_the_engine_raise(fields: dict[str, object]) -> None:
     time = Time()
     verdict = engine_at(time).apply(SteeringCommand(**fields))  # type: ignore[arg-type]
     assert verdict.accepted or verdict.sentence
+
+
+def test_only_listed_sources_steer_and_anybody_may_stop(time: Time) -> None:
+    engine = engine_at(time, sources=frozenset({"anna"}))
+    anna, ben = Sender(time, "anna"), Sender(time, "ben")
+    refused = engine.apply(ben.set("up", 0.5))
+    assert (refused.accepted, refused.code) == (False, "source_not_allowed")
+    assert "'anna'" in refused.sentence
+    assert engine.apply(anna.set("up", 0.5)).accepted
+    assert engine.apply(ben.clear("up")).code == "source_not_allowed"
+    assert engine.state().active[0].source == "anna"
+    assert engine.apply(ben.clear_all()).accepted
+    assert engine.state().active == ()
+
+
+def test_a_refused_source_does_not_use_up_its_numbers(time: Time) -> None:
+    engine = engine_at(time, sources=frozenset({"anna"}))
+    ben = Sender(time, "ben")
+    engine.apply(ben.set("up", 0.5, sequence=50))
+    assert engine.apply(ben.clear_all(sequence=1)).accepted
+
+
+def test_what_a_silent_source_holds_is_released_over_the_release_time(time: Time) -> None:
+    engine, sender = engine_at(time, source_timeout_s=1.0, release_s=0.5), Sender(time)
+    engine.apply(sender.set("up", 0.5))
+    engine.apply(sender.set("speed", 0.5, hold_s=60.0))
+    time.now_s += 0.9
+    engine.apply(sender.set("up", 0.5))  # any admitted command shows that the source lives
+    time.now_s += 0.9
+    assert [a.strength for a in engine.state().active] == [0.5, 0.5]
+    engine.apply(sender.set("nothing-like-it", 0.5))  # a refused one does not
+    time.now_s += 0.35
+    assert [round(a.strength, 3) for a in engine.state().active] == [0.25, 0.25]
+    time.now_s += 0.26
+    assert engine.state().active == ()
+
+
+def test_a_living_source_does_not_outlast_its_hold(time: Time) -> None:
+    engine, sender = engine_at(time, source_timeout_s=1.0), Sender(time)
+    engine.apply(sender.set("up", 0.5, hold_s=1.5))
+    for _ in range(4):
+        time.now_s += 0.5
+        engine.apply(sender.set("speed", 0.5))
+    assert [a.target for a in engine.state().active] == ["speed"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "largest", "why"),
+    [
+        ({"max_strength": 0.4}, 0.4, "this robot"),
+        ({"max_strengths": {"fast": 0.3}}, 0.3, "for it"),
+        ({"max_dose": 0.1, "doses": {"fast": 0.5}}, 0.2, "a dose of 0.1"),
+        ({"max_dose": 0.1, "doses": {"slow": 0.5}}, 1.0, ""),
+    ],
+)
+def test_limits_of_the_robot_clamp_or_refuse_and_say_which(
+    time: Time, limits: dict[str, object], largest: float, why: str
+) -> None:
+    engine = engine_at(time, **limits)
+    assert engine.largest_strength("fast") == pytest.approx(largest)
+    verdict = engine.apply(Sender(time).set("speed", 1.0))
+    assert (verdict.accepted, verdict.applied_strength) == (True, pytest.approx(largest))
+    if largest == 1.0:
+        assert verdict.code == "accepted"
+        return
+    assert verdict.code == "clamped"
+    assert why in verdict.sentence
+    refused = engine_at(time, **limits, over_limit="reject").apply(Sender(time).set("speed", 1.0))
+    assert (refused.accepted, refused.code) == (False, "over_limit")
+    assert why in refused.sentence
+
+
+@pytest.mark.parametrize("limits", [{"max_strengths": {"fest": 0.3}}, {"doses": {"fast": math.nan}}])
+def test_a_limit_of_what_is_not_loaded_or_that_is_none_is_refused(time: Time, limits: dict[str, object]) -> None:
+    with pytest.raises(SteerError, match="fast"):
+        engine_at(time, **limits)
+
+
+def test_backing_off_leaves_releases_alone_and_scales_what_is_applied(time: Time) -> None:
+    engine, sender = engine_at(time, release_s=1.0), Sender(time)
+    engine.apply(sender.set("up", 0.8, ramp_s=0.1, hold_s=1.0))
+    engine.apply(sender.set("speed", 1.0, ramp_s=4.0))
+    time.now_s += 1.5  # one is half released, the other not half way
+    engine.back_off(0.5, "tested", "too far")
+    time.now_s += 0.25
+    strengths = {a.target: (a.strength, a.commanded, a.backed_off) for a in engine.state().active}
+    assert strengths["up"][0] == pytest.approx(0.2)
+    assert strengths["speed"] == pytest.approx((0.1875, 0.1875, 0.1875))
+    assert engine.state().counters["tested"] == 1
+    assert engine.state().alarms == ("too far",)

@@ -27,7 +27,17 @@ from steer_runtime.policies.openvla.model import Decoded, OpenVLAModel
 from steer_runtime.policies.shards import LoadReport
 from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.policies.weight_hash import hash_matrices
-from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
+from steer_runtime.types import (
+    LIBERO_ACTION_SPACE,
+    ActionChunk,
+    ActionSpace,
+    Memory,
+    Observation,
+    Role,
+    TokenRoles,
+    Tower,
+    require_memory,
+)
 
 TOWER = "lm"
 
@@ -169,6 +179,15 @@ class OpenVLAPolicy:
     def told_gripper(self, command: float) -> None:
         """Somebody else commanded the gripper (above zero: close), so that is now the last command."""
         self._gripper = 1.0 if command > 0 else OPEN
+
+    def memory(self) -> Memory:
+        """The last gripper command and the words said last (types.Remembering)."""
+        return {"gripper": self._gripper, "said": list(self.said)}
+
+    def remember(self, memory: Memory) -> None:
+        """Go back to a memory. Raises SteerError('other_memory')."""
+        require_memory(self.name, memory, ("gripper", "said"))
+        self._gripper, self.said = float(memory["gripper"]), tuple(memory["said"])
 
     @torch.inference_mode()
     def infer(self, observation: Observation) -> ActionChunk:

@@ -31,7 +31,17 @@ from steer_runtime.policies.pi0.statistics import DELTA_DIMS, Pi0Statistics, add
 from steer_runtime.policies.shards import LoadReport
 from steer_runtime.policies.tokenizer import load_tokenizer
 from steer_runtime.policies.weight_hash import hash_matrices
-from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, ActionSpace, Observation, Role, TokenRoles, Tower
+from steer_runtime.types import (
+    LIBERO_ACTION_SPACE,
+    ActionChunk,
+    ActionSpace,
+    Memory,
+    Observation,
+    Role,
+    TokenRoles,
+    Tower,
+    require_memory,
+)
 
 GRIPPER = 6
 """Row of an action that is the gripper's, above zero to close."""
@@ -230,6 +240,16 @@ class Pi0Policy:
         Only a policy that sees objects feels it; published ones read the fingers alone.
         """
         self._gripper = 1.0 if command > 0 else OPEN
+
+    def memory(self) -> Memory:
+        """The last gripper command, and what the next noise is drawn from (types.Remembering)."""
+        return {"gripper": self._gripper, "seed": self.seed, "episode": self._episode, "inference": self._inference}
+
+    def remember(self, memory: Memory) -> None:
+        """Go back to a memory. Raises SteerError('other_memory')."""
+        require_memory(self.name, memory, ("gripper", "seed", "episode", "inference"))
+        self._gripper = float(memory["gripper"])
+        self.seed, self._episode, self._inference = (int(memory[name]) for name in ("seed", "episode", "inference"))
 
     def cancel(self) -> None:
         """Stop a running inference before its next denoising step; any thread. It raises SteerError('cancelled')."""
