@@ -30,11 +30,28 @@ class SiteTrace:
 
 
 @dataclass(frozen=True)
+class AppliedTarget:
+    """One direction as one inference ran under it: enough to steer with it again, exactly.
+
+    target: as commanded; strength: signed, of the target, after ramps. span: bits of the roles that were written.
+    steps: forwards that were written in, None for all.
+    """
+
+    target: str
+    direction_id: str
+    strength: float
+    priority: int
+    span: int
+    steps: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class TraceRecord:
     """One inference: which steering, how strong each direction was, where it wrote, and whether every hook fired.
 
-    strengths: direction id -> strength in [0, 1] after ramps. tokens: role -> tokens of that role over all forwards of
-    all towers; tower_tokens: tower -> tokens of any role over its forwards.
+    strengths: direction id -> strength in [0, 1] after ramps; applied: the same in full, lowest precedence first.
+    tokens: role -> tokens of that role over all forwards of all towers; tower_tokens: tower -> tokens of any role over
+    its forwards.
     firings: hook calls seen; expected_firings: hook calls that there must be.
     """
 
@@ -47,6 +64,7 @@ class TraceRecord:
     expected_firings: int
     interrupted: bool
     tower_tokens: tuple[tuple[str, int], ...] = ()
+    applied: tuple[AppliedTarget, ...] = ()
 
     def to_jsonable(self) -> dict[str, Any]:
         """Plain dict for JSON; pairs become objects."""
