@@ -1,4 +1,4 @@
-"""Verbs of the `steer` command that talk to a running policy node: list, pub, state, clear.
+"""Verbs of the `steer` command that talk to a running policy node: list, pub, state, clear, stop.
 
 Invariant: importing this imports no ROS; a missing ROS or node is one sentence and its own exit code.
 """
@@ -51,6 +51,7 @@ def register(app: typer.Typer) -> None:
     )(publish)
     app.command("state", epilog="Examples:  steer state  ·  steer state --watch  ·  steer state --json")(show_state)
     app.command("clear", epilog="Examples:  steer clear slow  ·  steer clear --all")(clear)
+    app.command("stop", epilog="Examples:  steer stop  ·  steer stop --reset")(stop)
     app.command("demo")(demo)
     app.command("hold", epilog=hold_cli.EXAMPLES)(hold_cli.hold)
 
@@ -133,6 +134,16 @@ def clear(
         sent = client.clear(target, ramp_s=ramp, priority=priority, timeout=timeout)
         verdict = client.wait_verdict(sent, timeout)
     _finish(verdict, state, as_json)
+
+
+def stop(
+    reset: Annotated[bool, typer.Option("--reset", help="Let go of the stop instead; steering stays off.")] = False,
+    namespace: Namespace = "/steer",
+    timeout: Timeout = 8.0,
+) -> None:
+    """Emergency stop by software: nothing is steered and no action goes out until it is reset."""
+    with _client(namespace) as client:
+        print(client.reset_stop(timeout) if reset else client.stop(timeout))
 
 
 def show_state(

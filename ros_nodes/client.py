@@ -20,6 +20,7 @@ from typing import TypeVar
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
+from std_srvs.srv import Trigger
 from steer_msgs.msg import EpisodeStatus
 from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
 from steer_msgs.msg import SteeringState as SteeringStateMsg
@@ -194,6 +195,35 @@ class SteeringClient:
         """Clear one target, or all of them when none is named. Raises SteerError('no_node')."""
         op: CommandOp = "clear_all" if target is None else "clear"
         return self._send(op, target or "", 0.0, ramp_s, None, priority, None, None, timeout)
+
+    def stop(self, timeout: float = DEFAULT_TIMEOUT_S) -> str:
+        """Pull the emergency stop of the node and return its answer: nothing is steered, no action goes out.
+
+        Raises SteerError('no_node').
+        """
+        return self._ask("estop", timeout)
+
+    def reset_stop(self, timeout: float = DEFAULT_TIMEOUT_S) -> str:
+        """Let go of the node's emergency stop and return its answer. Raises SteerError('no_node')."""
+        return self._ask("reset_estop", timeout)
+
+    def _ask(self, name: str, timeout: float) -> str:
+        service = self._node.create_client(Trigger, name)
+        deadline = time.monotonic() + timeout
+        answered = threading.Event()
+        try:
+            if service.wait_for_service(timeout):
+                future = service.call_async(Trigger.Request())
+                future.add_done_callback(lambda _: answered.set())
+                if answered.wait(max(0.0, deadline - time.monotonic())):
+                    return str(future.result().message)
+        finally:
+            self._node.destroy_client(service)
+        raise SteerError(
+            "no_node",
+            f"service {name!r} in namespace {self._node.get_namespace()!r} did not answer within {timeout:g} s; use the robot's "
+            "own stop",
+        )
 
     def send(self, command: SteeringCommand, timeout: float = DEFAULT_TIMEOUT_S) -> SteeringCommand:
         """Send a command just as it is, whatever its stamp and sequence. Raises SteerError('no_node')."""

@@ -5,15 +5,18 @@ Invariant: nothing is loaded by halves: parameters, policy, directions and axes 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ros_nodes.parameters import parameter
+from steer_runtime.chunk_guard import ChunkGuard, ChunkLimits
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.errors import SteerError
 from steer_runtime.loop import InferenceLoop, LoopEvent
+from steer_runtime.shadow import Shadow, ShadowSettings
 from steer_runtime.steering.command import Limits
 from steer_runtime.steering.engine import SteeringEngine
 from steer_runtime.types import ActionChunk, Policy
@@ -60,12 +63,54 @@ class PolicyParameters:
     release_s: float = parameter(0.3, "time in which an expired command fades", low=0.0, high=60.0)
     max_slew_per_s: float = parameter(10.0, "fastest change of a strength", low=0.01, high=1000.0)
     over_limit: str = parameter("clamp", "what happens to a strength over its limit", choices=("clamp", "reject"))
+    sources: tuple[str, ...] = parameter((), "sources that may steer; empty is anybody. clear_all is open to everybody")
+    source_timeout_s: float = parameter(
+        0.0,
+        "what a source holds is released when it has sent nothing admitted for so long; 0 waits for ever",
+        low=0.0,
+        high=3600.0,
+    )
+    max_strength: float = parameter(
+        1.0, "largest strength of any direction on this robot, beside its own limit", low=0.0, high=1.0
+    )
+    max_strengths: tuple[str, ...] = parameter((), "largest strength of some directions, as name=number")
+    max_dose: float = parameter(
+        0.0,
+        "largest relative change of the residual stream; past it every strength falls to where it fits. 0: not measured",
+        low=0.0,
+        high=1000.0,
+    )
+    doses: tuple[str, ...] = parameter(
+        (), "doses of directions at strength 1, as name=number: max_dose then limits their strengths beforehand"
+    )
+    chunk_bound: float = parameter(
+        0.0, "largest action of a chunk, gripper aside, in units of the action; 0: not checked", low=0.0, high=1e6
+    )
+    chunk_step: float = parameter(0.0, "largest change of an action from row to row; 0: not checked", low=0.0, high=1e6)
+    chunk_jerk: float = parameter(
+        0.0, "largest change of that change from row to row; 0: not checked", low=0.0, high=1e6
+    )
+    on_excess: str = parameter("clamp", "what happens to a chunk that exceeds them", choices=("clamp", "veto"))
+    shadow_every: int = parameter(
+        0,
+        "one steered inference in so many is repeated without steering, after its chunk went out, to see how far steering "
+        "moved it; 0: none",
+        low=0,
+        high=1_000_000,
+    )
+    shadow_bound: float = parameter(
+        0.0,
+        "how far steering may move an action, gripper aside, in its own units; past it every strength falls in proportion. "
+        "0: only measured",
+        low=0.0,
+        high=1e6,
+    )
     trace_path: str = parameter("", "file to append the engine's trace to, a JSON line an inference; empty writes none")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What configuring made. direction_ids: name, id and largest strength of each direction."""
+    """What configuring made. direction_ids: name, id and largest strength on this robot of each direction."""
 
     policy: Policy
     engine: SteeringEngine
@@ -92,6 +137,13 @@ def load(
     if wanted.action_steps:
         _hand_on(policy, wanted.action_steps)
     directions, axes = _read_store(wanted, policy)
+    shadow = ShadowSettings(wanted.shadow_every, wanted.shadow_bound or math.inf)
+    chunk = ChunkLimits(
+        bound=wanted.chunk_bound or math.inf,
+        step=wanted.chunk_step or math.inf,
+        jerk=wanted.chunk_jerk or math.inf,
+        on_excess="veto" if wanted.on_excess == "veto" else "clamp",
+    )
     limits = Limits(
         max_age_s=wanted.command_max_age_s,
         max_future_s=wanted.command_max_future_s,
@@ -99,10 +151,42 @@ def load(
         release_s=wanted.release_s,
         max_slew=wanted.max_slew_per_s,
         over_limit="reject" if wanted.over_limit == "reject" else "clamp",
+        sources=frozenset(wanted.sources),
+        source_timeout_s=wanted.source_timeout_s or math.inf,
+        max_strength=wanted.max_strength,
+        max_strengths=_numbers("max_strengths", wanted.max_strengths),
+        max_dose=wanted.max_dose or None,
+        doses=_numbers("doses", wanted.doses),
     )
     engine = SteeringEngine(policy, directions, axes, limits=limits)
-    loop = InferenceLoop(policy, engine, on_chunk, on_event, max_restarts=wanted.max_restarts)
-    return Loaded(policy, engine, loop, tuple((d.name, d.id, d.max_strength) for d in directions))
+    loop = InferenceLoop(
+        policy,
+        engine,
+        on_chunk,
+        on_event,
+        max_restarts=wanted.max_restarts,
+        guard=ChunkGuard(chunk) if chunk.any else None,
+        shadow=Shadow(policy, engine, shadow) if shadow.every else None,
+    )
+    return Loaded(policy, engine, loop, tuple((d.name, d.id, engine.largest_strength(d.name)) for d in directions))
+
+
+def _numbers(parameter_name: str, entries: tuple[str, ...]) -> dict[str, float]:
+    """`name=number` of a list parameter; whether the names are loaded is the engine's to judge."""
+    out: dict[str, float] = {}
+    for entry in entries:
+        name, _, number = entry.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not name or not math.isfinite(value) or name in out:
+            raise SteerError(
+                "bad_parameter",
+                f"parameter {parameter_name!r} holds {entry[:80]!r}: expected name=number, each name once, as in fast=0.5",
+            )
+        out[name] = value
+    return out
 
 
 def _hand_on(policy: Any, rows: int) -> None:

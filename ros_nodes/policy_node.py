@@ -1,7 +1,8 @@
 """The policy node: observations in, stamped actions out, steering commands judged in between.
 
 Invariants: the same node runs against every robot, and publishes no action before the robot has described itself and
-fits; whatever arrives, the node answers, counts and goes on; inactive means that no hook is in the policy.
+fits, nor while it is stopped; whatever arrives, the node answers, counts and goes on; inactive means that no hook is in
+the policy.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ros_nodes.convert import (
     time_from_ns,
     verdict_to_msg,
 )
+from ros_nodes.estop import Estop
 from ros_nodes.guard import Complaints, guarded
 from ros_nodes.loading import Loaded, PolicyParameters, load
 from ros_nodes.parameters import declare, read
@@ -87,8 +89,9 @@ class PolicyNode(LifecycleNode):
 
         self._state_pub = self.create_publisher(SteeringStateMsg, "state", LATCHED)
         self._verdict_pub = self.create_publisher(SteeringVerdictMsg, "verdict", VERDICT)
+        self._rejected_pub = self.create_publisher(SteeringVerdictMsg, "rejected", VERDICT)
         self._answers = Answers(
-            lambda verdict: self._verdict_pub.publish(verdict_to_msg(verdict, time.time_ns())),
+            self._publish_verdict,
             lambda: self._settings.verdict_rate_hz,
             self.complaints.count,
         )
@@ -99,6 +102,7 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(RobotDescriptionMsg, "robot_description", self._on_description, LATCHED)
         self.create_subscription(SteeringStateMsg, "state", self._on_other_state, LATCHED)
         self.create_service(Trigger, "clear_now", self._on_clear_now)
+        self._estop = Estop(self, self._on_estop)
         self.create_timer(TICK_S, self._tick)
         self.create_timer(1.0, self._publish_diagnostics)
         self._publish_state()
@@ -223,6 +227,12 @@ class PolicyNode(LifecycleNode):
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
+    def _publish_verdict(self, verdict: Verdict) -> None:
+        message = verdict_to_msg(verdict, time.time_ns())
+        self._verdict_pub.publish(message)
+        if not verdict.accepted:
+            self._rejected_pub.publish(message)
+
     @guarded
     def _on_command(self, message: SteeringCommandMsg) -> None:
         self._judge_typed(message)
@@ -251,6 +261,15 @@ class PolicyNode(LifecycleNode):
         response.success, response.message = True, "nothing is steered from the next forward on"
         return response
 
+    @guarded
+    def _on_estop(self, by: str) -> None:
+        self.complaints.count("emergency_stops")
+        if self._loaded is not None:
+            self._loaded.engine.clear_now()
+            self._loaded.engine.alarm(f"emergency stop by {by}")
+            self._loaded.loop.hold(f"emergency stop by {by}")
+        self._publish_state()
+
     def _judge(self, make: Callable[[], SteeringCommand], source: str, epoch: int, sequence: int) -> None:
         self.complaints.count("commands")
         try:
@@ -259,6 +278,9 @@ class PolicyNode(LifecycleNode):
             if self._lifecycle != "active":
                 source, epoch, sequence = command.source, command.epoch, command.sequence
                 raise SteerError("not_active", f"the policy node is {self._lifecycle}; activate it, then send again")
+            if self._estop.on:
+                source, epoch, sequence = command.source, command.epoch, command.sequence
+                raise SteerError("stopped", self._estop.sentence)
         except SteerError as error:
             self._answers.tell(self._refusal(error, source, epoch, sequence))
             return
@@ -298,6 +320,9 @@ class PolicyNode(LifecycleNode):
     @guarded
     def _sense(self, take: Take) -> None:
         if self._sensors is None or self._loaded is None:
+            return
+        if self._estop.on:
+            self.complaints.count("withheld_observations")
             return
         try:
             observation = take()
@@ -341,6 +366,9 @@ class PolicyNode(LifecycleNode):
         # Not the newest description: a chunk for a robot that has begun anew must not go out in its new session's name.
         session, loaded = self._session, self._loaded
         if session is None or loaded is None:
+            return
+        if self._estop.on:
+            self.complaints.count("withheld_chunks")
             return
         self._write_trace(loaded.engine.trace.last)
         if not session.lockstep and self._silent_s() > self._settings.observation_timeout_s:
@@ -445,10 +473,10 @@ class PolicyNode(LifecycleNode):
     def _fingerprint(self) -> object:
         """Changes exactly when the operator should see a new state at once."""
         if self._loaded is None:
-            return self._lifecycle
+            return self._lifecycle, self._estop.on
         state = self._loaded.engine.state()
         active = tuple((a.target, a.commanded, a.source, a.priority, a.shadowed_neurons) for a in state.active)
-        return self._lifecycle, self._loaded.loop.state, state.steering, active, len(state.alarms)
+        return self._lifecycle, self._estop.on, self._loaded.loop.state, state.steering, active, len(state.alarms)
 
     @guarded
     def _publish_state(self) -> None:
@@ -462,6 +490,8 @@ class PolicyNode(LifecycleNode):
         )
         if self._loaded is not None:
             self._fill_state(message, self._loaded)
+        if self._estop.on:
+            message.loop_state = "stopped"
         counters = self.counters()
         message.counter_names = list(counters)
         message.counter_values = [max(0, value) for value in counters.values()]
@@ -498,6 +528,8 @@ class PolicyNode(LifecycleNode):
         self._diagnostics_pub.publish(DiagnosticArray(header=Header(stamp=stamp), status=[status]))
 
     def _health(self) -> tuple[bytes, str]:
+        if self._estop.on:
+            return DiagnosticStatus.ERROR, self._estop.sentence
         if self._loaded is None or self._lifecycle != "active":
             return DiagnosticStatus.WARN, self._lifecycle
         untrained = "" if self._loaded.policy.trained else ", untrained policy"
