@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped
+from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
 from rclpy.node import Node
 from sensor_msgs.msg import JointState
@@ -142,7 +143,7 @@ class HoldNode(Node):
         self.create_subscription(RobotDescriptionMsg, "robot_description", self._on_description, LATCHED)
         self.create_subscription(SteeringVerdictMsg, "verdict", self._on_verdict, VERDICT)
         self.create_subscription(SteeringStateMsg, "state", self._on_state, LATCHED)
-        self.create_timer(settings.keepalive_s, self._keep_alive)
+        self.create_timer(settings.keepalive_s, self._keep_alive, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def close(self) -> None:
         """Let the axis go and wait until that is heard, half a second at most."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from std_msgs.msg import Header, String
 from std_srvs.srv import Trigger
@@ -103,8 +104,10 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(SteeringStateMsg, "state", self._on_other_state, LATCHED)
         self.create_service(Trigger, "clear_now", self._on_clear_now)
         self._estop = Estop(self, self._on_estop)
-        self.create_timer(TICK_S, self._tick)
-        self.create_timer(1.0, self._publish_diagnostics)
+        # Not simulated time, which may stand still or jump: a watchdog must not.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(TICK_S, self._tick, clock=steady)
+        self.create_timer(1.0, self._publish_diagnostics, clock=steady)
         self._publish_state()
 
     # -- lifecycle ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped
+from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
 from rclpy.node import Node
 from sensor_msgs.msg import Image, JointState
@@ -176,7 +177,9 @@ class RobotNode(Node):
         free = self._settings.mode == "free"
         if free and self._settings.replan_steps and self._settings.on_steering != "wait":
             self.create_subscription(SteeringVerdictMsg, "verdict", self._on_verdict, VERDICT)
-        self.create_timer(1.0 / self._settings.rate_hz if free else WAIT_TICK_S, self._tick)
+        # Not simulated time, which may stand still or jump under a robot that moves.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(1.0 / self._settings.rate_hz if free else WAIT_TICK_S, self._tick, clock=steady)
 
     def close(self) -> None:
         """End the robot, once whoever listens has heard how its episode ended."""

@@ -7,6 +7,7 @@ shape or exceeds the guard's limits is never handed on; when the policy fails th
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from steer_runtime.chunk_guard import ChunkGuard
 from steer_runtime.errors import SteerError
@@ -294,6 +296,8 @@ class InferenceLoop:
         """Hooks off and hold; restart while allowed. False ends the thread."""
         self._count("policy_errors")
         self._engine.detach()
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            self._free_memory()
         sentence = f"the policy failed with {type(error).__name__}: {error}"
         if self._restarts >= self._max_restarts:
             self._state = "error"
@@ -316,6 +320,13 @@ class InferenceLoop:
             self._on_event(LoopEvent("policy_failed", f"the policy did not restart: {again}", True))
             return False
         return True
+
+    def _free_memory(self) -> None:
+        """Give back what the failed inference still holds, so that the restart has it."""
+        self._count("out_of_memory")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _forget_motion(self) -> None:
         self._excess_told = False
