@@ -15,7 +15,7 @@ from ros_nodes.parameters import parameter
 from steer_runtime.chunk_guard import ChunkGuard, ChunkLimits
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.errors import SteerError
-from steer_runtime.loop import InferenceLoop, LoopEvent
+from steer_runtime.loop import Inference, InferenceLoop, LoopEvent
 from steer_runtime.shadow import Shadow, ShadowSettings
 from steer_runtime.steering.command import Limits
 from steer_runtime.steering.engine import SteeringEngine
@@ -119,9 +119,12 @@ class Loaded:
 
 
 def load(
-    wanted: PolicyParameters, on_chunk: Callable[[ActionChunk], None], on_event: Callable[[LoopEvent], None]
+    wanted: PolicyParameters,
+    on_chunk: Callable[[ActionChunk], None],
+    on_event: Callable[[LoopEvent], None],
+    on_inference: Callable[[Inference], None] = lambda inference: None,
 ) -> Loaded:
-    """Load what the parameters name; chunks and events of the loop, once it runs, go to the two functions.
+    """Load what the parameters name; chunks, events and inferences of the loop, once it runs, go to the functions.
 
     Raises SteerError: 'bad_parameter', 'no_store', and all that policies, stores and the engine refuse.
     """
@@ -165,6 +168,7 @@ def load(
         on_chunk,
         on_event,
         max_restarts=wanted.max_restarts,
+        on_inference=on_inference,
         guard=ChunkGuard(chunk) if chunk.any else None,
         shadow=Shadow(policy, engine, shadow) if shadow.every else None,
     )

@@ -40,6 +40,7 @@ from ros_nodes.convert import (
     verdict_to_msg,
 )
 from ros_nodes.estop import Estop
+from ros_nodes.evidence import Evidence
 from ros_nodes.guard import Complaints, guarded
 from ros_nodes.loading import Loaded, PolicyParameters, load
 from ros_nodes.parameters import declare, read
@@ -48,7 +49,7 @@ from ros_nodes.qos import ACTION, COMMAND, DIAGNOSTICS, LATCHED, VERDICT
 from ros_nodes.rivals import Rivals
 from ros_nodes.sensors import RobotSensors, Take
 from steer_runtime.errors import SteerError
-from steer_runtime.loop import LoopEvent
+from steer_runtime.loop import Inference, LoopEvent
 from steer_runtime.steering.command import SteeringCommand, Verdict
 from steer_runtime.steering.trace import TraceRecord
 from steer_runtime.types import ActionChunk, SteeringStamp, require_match
@@ -97,6 +98,7 @@ class PolicyNode(LifecycleNode):
             self.complaints.count,
         )
         self._action_pub = self.create_publisher(ActionChunkMsg, "actions", ACTION)
+        self._evidence = Evidence(self)
         self._diagnostics_pub = self.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
         self._commands = self.create_subscription(SteeringCommandMsg, "command", self._on_command, COMMAND)
         self.create_subscription(String, "command_json", self._on_command_json, COMMAND)
@@ -118,7 +120,8 @@ class PolicyNode(LifecycleNode):
         try:
             self._settings = read(self, PolicyParameters)
             self._yield_to_elder()
-            self._loaded = load(self._settings, self._on_chunk, self._on_event)
+            self._loaded = load(self._settings, self._on_chunk, self._on_event, self._on_inference)
+            self._evidence.describe(self._settings, self._loaded, self.instance_id)
         except Exception as error:
             return self._refused("configure", error)
         finally:
@@ -364,6 +367,11 @@ class PolicyNode(LifecycleNode):
             self.get_logger().warning("the robot's clock was set back: its new time is taken and steering is cleared")
 
     # -- inference (its own thread) -----------------------------------------------------------------------------------
+
+    @guarded
+    def _on_inference(self, inference: Inference) -> None:
+        if self._session is not None:
+            self._evidence.tell(inference, self.instance_id, self._session.session_id)
 
     def _on_chunk(self, chunk: ActionChunk) -> None:
         # Not the newest description: a chunk for a robot that has begun anew must not go out in its new session's name.
