@@ -172,7 +172,7 @@ def test_a_chunk_past_the_guard_is_clamped_or_vetoed_and_counted() -> None:
 
 def test_a_flow_policy_repeats_its_noise_and_its_memory() -> None:
     policy = fabricate_pi0.tiny_policy()
-    observation = fabricate_pi0.make_observation(policy)
+    observation = fabricate_pi0.make_observation()
     memory = policy.memory()
     first = policy.infer(observation).actions
     after = policy.memory()

@@ -72,6 +72,7 @@ def test_accepted_command_changes_the_actions_and_clearing_restores_them_bit_for
     assert np.array_equal(actions(after), actions(before))
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_strength_that_float32_cannot_hold_is_refused(client: SteeringClient, strength: float) -> None:
     verdict = judged(client, command(client, strength=strength))
@@ -79,23 +80,29 @@ def test_strength_that_float32_cannot_hold_is_refused(client: SteeringClient, st
     assert client.next_state().active == ()
 
 
+@pytest.mark.fault(2)
 def test_unknown_direction_is_refused_with_the_nearest_name(client: SteeringClient) -> None:
     verdict = judged(client, command(client, target="slwo"))
     assert (verdict.accepted, verdict.code) == (False, "unknown_direction")
     assert "'slow'" in verdict.sentence
 
 
+@pytest.mark.fault(3)
 def test_strength_over_the_limit_is_clamped_and_said(client: SteeringClient) -> None:
     verdict = judged(client, command(client, target="gentle", strength=0.9))
     assert (verdict.accepted, verdict.code, verdict.applied_strength) == (True, "clamped", 0.5)
 
 
+@pytest.mark.fault(7)
+@pytest.mark.fault(8)
 @pytest.mark.parametrize(("shift_s", "code"), [(-5.0, "stale"), (5.0, "future")])
 def test_stamp_far_from_now_is_refused(client: SteeringClient, shift_s: float, code: str) -> None:
     verdict = judged(client, command(client, stamp_ns=time.time_ns() + int(shift_s * 1e9)))
     assert (verdict.accepted, verdict.code) == (False, code)
 
 
+@pytest.mark.fault(9)
+@pytest.mark.fault(10)
 def test_repeated_sequence_and_older_session_are_ignored(client: SteeringClient) -> None:
     first = command(client, sequence=10)
     assert judged(client, first).accepted
@@ -106,6 +113,7 @@ def test_repeated_sequence_and_older_session_are_ignored(client: SteeringClient)
     assert client.next_state().active[0].commanded == 0.5
 
 
+@pytest.mark.fault(11)
 def test_higher_priority_owns_the_target_and_the_state_names_it(client: SteeringClient) -> None:
     assert judged(client, command(client, source="owner", priority=5, epoch=time.time_ns())).accepted
     refused = judged(client, command(client, source="rival", priority=1, epoch=time.time_ns()))
@@ -120,6 +128,7 @@ def test_higher_priority_owns_the_target_and_the_state_names_it(client: Steering
 GOOD = {"source": "json", "epoch": 1, "sequence": 1, "stamp_ns": 1, "op": "set", "target": "slow", "strength": 0.5}
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(
     ("text", "code", "named"),
     [
@@ -183,6 +192,7 @@ def test_json_command_is_accepted_like_a_typed_one(client: SteeringClient, drive
     assert (state.active[0].commanded, state.active[0].span) == (0.25, frozenset(["text"]))
 
 
+@pytest.mark.fault(14)
 def test_step_change_is_slew_limited(client: SteeringClient) -> None:
     start = time.monotonic()
     client.publish("slow", 1.0, ramp_s=0.0)
@@ -192,6 +202,7 @@ def test_step_change_is_slew_limited(client: SteeringClient) -> None:
     client.wait_state(lambda s: any(a.strength == 1.0 for a in s.active), timeout=2.0)
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("way", ["clear", "service"])
 def test_clearing_during_a_ramp_takes_effect_with_the_next_inference(
     client: SteeringClient, driver: SensorDriver, way: str
@@ -214,6 +225,7 @@ def test_clearing_during_a_ramp_takes_effect_with_the_next_inference(
     assert np.array_equal(actions(after), actions(baseline))
 
 
+@pytest.mark.fault(6)
 def test_command_past_its_hold_returns_to_baseline(client: SteeringClient, driver: SensorDriver) -> None:
     baseline = driver.ask()
     client.wait_verdict(client.publish("slow", 1.0, ramp_s=0.0, hold_s=0.6))
@@ -223,6 +235,7 @@ def test_command_past_its_hold_returns_to_baseline(client: SteeringClient, drive
     assert np.array_equal(actions(driver.ask()), actions(baseline))
 
 
+@pytest.mark.fault(5)
 def test_killed_publisher_is_released_after_its_deadline(client: SteeringClient, driver: SensorDriver) -> None:
     script = (
         "from ros_nodes.client import SteeringClient\n"
@@ -242,6 +255,7 @@ def test_killed_publisher_is_released_after_its_deadline(client: SteeringClient,
     assert time.monotonic() - killed < 1.2
 
 
+@pytest.mark.fault(4)
 def test_a_flood_does_not_starve_inference_and_its_newest_command_wins(
     client: SteeringClient, driver: SensorDriver, policy_process: PolicyProcess
 ) -> None:
@@ -265,6 +279,7 @@ def test_a_flood_does_not_starve_inference_and_its_newest_command_wins(
     assert policy_process.process.poll() is None
 
 
+@pytest.mark.fault(4)
 def test_ten_thousand_commands_at_once_end_with_the_newest(client: SteeringClient) -> None:
     epoch = time.time_ns()
     last = None

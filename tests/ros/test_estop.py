@@ -34,10 +34,14 @@ def pull_by_service(client: SteeringClient, driver: SensorDriver) -> None:
 def pull_by_topic(client: SteeringClient, driver: SensorDriver, quality: QoSProfile) -> None:
     publisher = driver.node.create_publisher(Bool, "estop", quality)
     driver.wait(lambda: publisher.get_subscription_count() >= 1, what="the node's ear for stops")
+    publisher.publish(Bool(data=True))
     deadline = time.monotonic() + 10
-    while client.next_state().loop_state != "stopped":  # one sent once with best effort may be lost
+    while client.next_state().loop_state != "stopped":
         assert time.monotonic() < deadline
-        publisher.publish(Bool(data=True))
+        if quality is SENSOR:  # one sent once with best effort may be lost
+            publisher.publish(Bool(data=True))
+    for _ in range(2):
+        client.next_state()  # what is still on its way arrives before the reset
     driver.node.destroy_publisher(publisher)
 
 

@@ -92,6 +92,7 @@ def refused_as(driver: PolicyDriver, code: str, action: np.ndarray, **chunk: Any
     assert x(driver) == pytest.approx(start)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     ("code", "action", "chunk"),
     [
@@ -109,6 +110,7 @@ def test_chunk_that_must_not_move_it_is_refused_and_counted(
     refused_as(policy_side, code, action, **chunk)
 
 
+@pytest.mark.fault(19)
 def test_without_an_answer_it_holds_with_its_gripper_and_goes_on_later(policy_side: PolicyDriver) -> None:
     start = step_to(policy_side, FORWARD)
     policy_side.wait(lambda: policy_side.status().step > 0)
@@ -125,6 +127,7 @@ def test_other_policy_may_take_over_once_the_first_is_silent(policy_side: Policy
     assert step_to(policy_side, FORWARD, instance="b") == pytest.approx(start + 0.05)
 
 
+@pytest.mark.fault(19)
 def test_free_running_robot_executes_rows_on_the_clock_then_holds(third_domain: int) -> None:
     with PolicyDriver(third_domain) as driver, robot(third_domain, mode="free", rate_hz=10.0):
         driver.description()

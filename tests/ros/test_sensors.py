@@ -24,6 +24,7 @@ def count(client: SteeringClient, name: str) -> int:
     return client.next_state().counters.get(name, 0)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("skip", [("agentview",), ("agentview", "wrist", "joints")], ids=["one camera", "all"])
 def test_silence_is_held_reported_and_recovered_from(
     client: SteeringClient, driver: SensorDriver, skip: tuple[str, ...]
@@ -48,6 +49,7 @@ def spoil_size(message: Image) -> None:
     message.data = message.data[: 32 * 96]
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -66,6 +68,7 @@ def test_wrong_image_is_refused_and_counted(
     driver.ask()
 
 
+@pytest.mark.fault(26)
 def test_stamp_that_jumps_back_is_dropped(client: SteeringClient, driver: SensorDriver) -> None:
     driver.ask()
     before = count(client, "stamp_jumped_back")
@@ -75,6 +78,7 @@ def test_stamp_that_jumps_back_is_dropped(client: SteeringClient, driver: Sensor
     driver.ask()
 
 
+@pytest.mark.fault(32)
 def test_robot_clock_that_stays_set_back_is_taken_and_steering_cleared(
     client: SteeringClient, driver: SensorDriver
 ) -> None:
@@ -87,6 +91,7 @@ def test_robot_clock_that_stays_set_back_is_taken_and_steering_cleared(
     driver.ask()
 
 
+@pytest.mark.fault(27)
 def test_joints_are_taken_by_name_and_a_missing_one_is_refused(client: SteeringClient, driver: SensorDriver) -> None:
     shuffled = ("another", *reversed(JOINTS))
     deadline = time.monotonic() + 10
@@ -98,6 +103,7 @@ def test_joints_are_taken_by_name_and_a_missing_one_is_refused(client: SteeringC
     assert driver.answer(stamp, 0.3) is None
 
 
+@pytest.mark.fault(39)
 def test_parameter_out_of_range_is_refused_while_running(client: SteeringClient, driver: SensorDriver) -> None:
     service = driver.node.create_client(SetParameters, "policy/set_parameters")
     assert service.wait_for_service(10.0)
@@ -115,6 +121,7 @@ def test_parameter_out_of_range_is_refused_while_running(client: SteeringClient,
     assert set_to("observation_timeout_s", 1.0)[0]
 
 
+@pytest.mark.fault(38)
 def test_repeated_frame_gets_the_same_answer_again_without_an_inference(
     client: SteeringClient, driver: SensorDriver
 ) -> None:
