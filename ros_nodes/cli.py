@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ros_nodes import hold_cli
 from ros_nodes.demo import demo
+from ros_nodes.recording import cli as recording_cli
 from steer_runtime.errors import SteerError
 from steer_runtime.types import ROLES, Role
 
@@ -54,6 +55,7 @@ def register(app: typer.Typer) -> None:
     app.command("stop", epilog="Examples:  steer stop  ·  steer stop --reset")(stop)
     app.command("demo")(demo)
     app.command("hold", epilog=hold_cli.EXAMPLES)(hold_cli.hold)
+    recording_cli.register(app)
 
 
 def list_targets(namespace: Namespace = "/steer", timeout: Timeout = 8.0, as_json: AsJson = False) -> None:
