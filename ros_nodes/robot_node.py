@@ -139,6 +139,10 @@ class _Chunk:
 class RobotNode(Node):
     """See the module. `make` builds the robot once, in the spinning thread; name and robot name the node and its kind."""
 
+    parameters: type[RobotParameters] = RobotParameters
+    pose_frame = "world"
+    """Frame of `eef_pose`."""
+
     def __init__(self, name: str, robot: str, make: Callable[[], Robot], **node_options: Any) -> None:
         """Declare parameters and topics. Raises SteerError('bad_parameter')."""
         super().__init__(name, **{"namespace": "/steer", **node_options})
@@ -146,7 +150,7 @@ class RobotNode(Node):
         self.interruptible = True
         self.complaints = Complaints(self)
         self.session_id = uuid.uuid4().hex
-        self._settings = declare(self, RobotParameters)
+        self._settings = declare(self, self.parameters)
         self._kind, self._make = robot, make
         self._robot: Robot | None = None
         self._frame: Frame | None = None
@@ -201,6 +205,14 @@ class RobotNode(Node):
         else:
             self._wait_for_answer()
 
+    def _drive(self, robot: Robot, now: Tick, draw: bool) -> Frame:
+        """One control step of the robot: a row or, with a reason, zero motion. For robots whose hold is more than that."""
+        return robot.step(now.action, draw=draw)
+
+    def _resting(self, robot: Robot) -> np.ndarray | None:
+        """What a robot of absolute joints is held with, float32 [dims]; None: zeros and an open gripper."""
+        return None
+
     def _begin(self) -> None:
         self.interruptible = True
         try:
@@ -230,13 +242,15 @@ class RobotNode(Node):
             return
         patience = max(1, round(settings.action_timeout_s * settings.rate_hz))
         wanted = QueueSettings(settings.replan_steps, settings.on_steering, patience=patience)  # type: ignore[arg-type]
-        self._queue = ChunkQueue(space, wanted)
+        resting = self._resting(self._robot) if self._robot is not None else None
+        self._queue = ChunkQueue(space, wanted, resting)
 
     def _describe(self, robot: Robot, frame: Frame) -> None:
         cameras = tuple(Camera(name, image.shape[1], image.shape[0]) for name, image in frame.images.items())
         for camera in cameras:
-            topic = f"camera/{camera.name}/image"
-            self._image_pubs[camera.name] = self.create_publisher(Image, topic, SENSOR)
+            if camera.name not in self._image_pubs:
+                topic = f"camera/{camera.name}/image"
+                self._image_pubs[camera.name] = self.create_publisher(Image, topic, SENSOR)
         description = RobotDescription(
             session_id=self.session_id,
             robot=self._kind,
@@ -298,7 +312,8 @@ class RobotNode(Node):
         """One control step of zero motion with the gripper as last commanded."""
         if self._robot is None:
             return
-        action = np.zeros(self._robot.action_space.dims, dtype=np.float32)
+        resting = self._resting(self._robot)
+        action = np.zeros(self._robot.action_space.dims, dtype=np.float32) if resting is None else resting
         action[-1] = self._gripper
         self._hold_steps += 1
         self._execute(Tick(0, action, why))
@@ -306,7 +321,7 @@ class RobotNode(Node):
     def _execute(self, now: Tick, *, show: bool = True) -> None:
         assert self._robot is not None
         try:
-            frame = self._robot.step(now.action, draw=show)
+            frame = self._drive(self._robot, now, show)
         except SteerError as error:
             self.complaints.refuse(error)
             return
@@ -416,7 +431,7 @@ class RobotNode(Node):
         self._joints_pub.publish(joints_to_msg(frame.joint_names, frame.joint_positions, stamp))
         self._gripper_pub.publish(joints_to_msg(frame.joint_names[-2:], frame.gripper_qpos, stamp))
         self._command_pub.publish(GripperCommandMsg(header=Header(stamp=stamp), command=self._gripper))
-        self._pose_pub.publish(pose_to_msg(frame.eef_position, frame.eef_quaternion, stamp, "world"))
+        self._pose_pub.publish(pose_to_msg(frame.eef_position, frame.eef_quaternion, stamp, self.pose_frame))
         self._published_s = time.monotonic()
         if self._queue is not None:
             self._asked = (self._stamp_ns, self._queue.begin())
