@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import rclpy
 import torch
@@ -101,6 +103,8 @@ def write_pickle(store: DirectionStore, policy: Any) -> None:
     path.write_bytes(b"\x80\x04cos\nsystem\n(S'touch owned'\ntR.")
 
 
+@pytest.mark.fault(16)
+@pytest.mark.fault(40)
 @pytest.mark.parametrize(
     ("write", "said"),
     [
@@ -122,8 +126,11 @@ def test_direction_that_is_not_for_this_model_is_refused_at_configure(
     assert "cannot configure" in output
     assert said in output
     assert "Traceback" not in output
+    assert not Path("owned").exists(), "nothing of a file may be executed"
 
 
+@pytest.mark.fault(35)
+@pytest.mark.fault(40)
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
@@ -132,6 +139,9 @@ def test_direction_that_is_not_for_this_model_is_refused_at_configure(
         ({"policy": "no-such-policy"}, "no-such-policy"),
         ({"direction_store": "/nowhere"}, "/nowhere"),
         ({"directions": ["unheard-of"]}, "direction_store"),
+        ({"directions": ["../../secret"], "direction_store": "."}, "../../secret"),
+        ({"max_strengths": ["nothing=0.5"]}, "'nothing'"),
+        ({"doses": ["slow"]}, "name=number"),
     ],
 )
 def test_missing_file_or_parameter_is_refused_at_configure(
@@ -153,6 +163,7 @@ def test_named_directions_alone_are_loaded(policy_yaml: Path, direction_store: P
         assert not node._loaded.engine.axes
 
 
+@pytest.mark.fault(35)
 def test_process_ends_with_one_sentence_when_autostart_is_refused(other_domain: int, tmp_path: Path) -> None:
     with PolicyProcess(tmp_path / "missing.yaml", None, domain=other_domain) as node:
         assert node.process.wait(60.0) == 1
@@ -160,6 +171,7 @@ def test_process_ends_with_one_sentence_when_autostart_is_refused(other_domain: 
         assert "Traceback" not in node.log()
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
@@ -220,6 +232,8 @@ def active(
         yield node, driver, client
 
 
+@pytest.mark.fault(23)
+@pytest.mark.fault(34)
 def test_deactivated_policy_has_no_hooks_and_its_old_weights(
     active: tuple[PolicyNode, SensorDriver, SteeringClient],
 ) -> None:
@@ -257,6 +271,7 @@ def break_policy(node: PolicyNode) -> Any:
     return node._loaded.policy.towers["lm"].down_projs[0].register_forward_pre_hook(fail)  # type: ignore[attr-defined]
 
 
+@pytest.mark.fault(17)
 def test_policy_that_raises_is_restarted_then_given_up_with_hooks_off(
     active: tuple[PolicyNode, SensorDriver, SteeringClient],
 ) -> None:
@@ -281,6 +296,7 @@ def test_policy_that_raises_is_restarted_then_given_up_with_hooks_off(
     assert "device-side assert" in status.message
 
 
+@pytest.mark.fault(20)
 def test_hook_that_fails_leaves_the_policy_at_baseline_with_an_alarm(
     active: tuple[PolicyNode, SensorDriver, SteeringClient],
 ) -> None:
@@ -298,6 +314,156 @@ def test_hook_that_fails_leaves_the_policy_at_baseline_with_an_alarm(
     driver.wait_diagnosis(lambda s: s.level == DiagnosticStatus.WARN and "hook" in s.message)
 
 
+def spoil_shape(actions: np.ndarray) -> np.ndarray:
+    return actions[:, :6]
+
+
+def spoil_dtype(actions: np.ndarray) -> np.ndarray:
+    return actions.astype(np.float64)
+
+
+def spoil_value(actions: np.ndarray) -> np.ndarray:
+    return np.full_like(actions, np.nan)
+
+
+def spoil_size(actions: np.ndarray) -> np.ndarray:
+    return np.full_like(actions, -np.inf)
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("spoil", [spoil_shape, spoil_dtype, spoil_value, spoil_size])
+def test_actions_that_are_none_are_refused_held_and_recovered_from(
+    active: tuple[PolicyNode, SensorDriver, SteeringClient], spoil: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, driver, client = active
+    assert node._loaded is not None
+    policy = node._loaded.policy
+    infer = policy.infer
+    monkeypatch.setattr(policy, "infer", lambda o: replace(infer(o), actions=spoil(infer(o).actions)))
+    stamp = driver.send()
+    state = client.wait_state(lambda s: s.counters.get("bad_actions", 0) == 1)
+    assert state.loop_state == "holding"
+    assert driver.answer(stamp, 0.2) is None
+    monkeypatch.undo()
+    driver.ask()
+    client.wait_state(lambda s: s.loop_state == "running")
+
+
+@pytest.mark.fault(22)
+def test_an_inference_out_of_memory_clears_steering_and_starts_again_clean(
+    active: tuple[PolicyNode, SensorDriver, SteeringClient],
+) -> None:
+    node, driver, client = active
+    assert node._loaded is not None
+    model = node._loaded.policy.model
+    baseline = list(driver.ask().data)
+    hooked = hooks(model)
+    verdict = client.wait_verdict(client.publish("slow", 1.0, ramp_s=0.0))
+    driver.ask(after=lambda c: c.steering_sequence >= verdict.steering.sequence)
+
+    def exhaust(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 7.00 GiB")
+
+    broken = node._loaded.policy.towers["lm"].down_projs[0].register_forward_pre_hook(exhaust)  # type: ignore[attr-defined]
+    stamp = driver.send()
+    client.wait_state(lambda s: s.counters.get("out_of_memory", 0) == 1 and s.active == ())
+    assert driver.answer(stamp, 0.2) is None
+    broken.remove()
+    assert list(driver.ask().data) == baseline
+    assert hooks(model) == hooked
+
+
+@pytest.mark.fault(36)
+def test_a_full_disk_costs_the_trace_and_nothing_else(
+    policy_yaml: Path, direction_store: Path, other_domain: int
+) -> None:
+    parameters = {"policy": str(policy_yaml), "direction_store": str(direction_store), "autostart": True}
+    with (
+        SensorDriver(domain=other_domain) as driver,
+        own_node(other_domain, spin=True, trace_path="/dev/full", **parameters),
+        SteeringClient(domain_id=other_domain) as client,
+    ):
+        driver.describe()
+        client.wait_state(lambda s: s.lifecycle == "active", timeout=30.0)
+        driver.wait_matched()
+        driver.ask()
+        verdict = client.wait_verdict(client.publish("slow", 1.0, ramp_s=0.0))
+        driver.ask(after=lambda c: c.steering_sequence >= verdict.steering.sequence)
+        state = client.wait_state(lambda s: s.counters.get("trace_not_written", 0) >= 2)
+        assert (state.loop_state, len(state.active)) == ("running", 1)
+
+
+@pytest.mark.fault(24)
+def test_a_camera_that_freezes_is_refused_until_its_picture_changes(policy_yaml: Path, other_domain: int) -> None:
+    with (
+        SensorDriver(domain=other_domain) as driver,
+        own_node(other_domain, spin=True, policy=str(policy_yaml), autostart=True, freeze_timeout_s=0.5) as node,
+        SteeringClient(domain_id=other_domain) as client,
+    ):
+        driver.describe()
+        client.wait_state(lambda s: s.lifecycle == "active", timeout=30.0)
+        driver.wait_matched()
+        driver.ask()
+        deadline = time.monotonic() + 10.0
+        while node.complaints.counters.get("frozen_camera", 0) == 0:
+            assert time.monotonic() < deadline
+            driver.send()
+            client.next_state()
+        assert driver.answer(driver.send(), 0.3) is None
+        driver.image = 255 - driver.image
+        stamp = driver.send()
+        assert driver.answer(stamp, 10.0) is not None
+
+
+@pytest.mark.fault(38)
+def test_who_comes_late_hears_the_state_that_is(policy_yaml: Path, other_domain: int) -> None:
+    # Nobody spins the node: what arrives was said before the client was there.
+    with own_node(other_domain, policy=str(policy_yaml)) as node:
+        assert node.trigger_configure() == SUCCESS
+        with SteeringClient(domain_id=other_domain) as late:
+            state = late.connect(10.0)
+            assert (state.instance_id, state.lifecycle) == (node.instance_id, "inactive")
+
+
+def memory_mib() -> float:
+    return psutil.Process().memory_info().rss / 2**20
+
+
+@pytest.mark.fault(34)
+@pytest.mark.heavy
+@pytest.mark.timeout(3600)
+def test_a_thousand_cycles_leave_nothing_behind(active: tuple[PolicyNode, SensorDriver, SteeringClient]) -> None:
+    node, driver, _ = active
+    assert node._loaded is not None
+    model = node._loaded.policy.model
+
+    def cycle() -> None:
+        assert node.trigger_deactivate() == SUCCESS
+        assert hooks(model) == 0
+        assert node.trigger_activate() == SUCCESS
+
+    def kept() -> tuple[int, int, int, int, int]:
+        gc.collect()
+        process = psutil.Process()
+        return (
+            hooks(model),
+            threading.active_count(),
+            process.num_fds(),
+            len(list(node.subscriptions)),
+            len(list(node.publishers)),
+        )
+
+    for _ in range(50):
+        cycle()
+    before, memory = kept(), memory_mib()
+    for _ in range(950):
+        cycle()
+    assert kept() == before
+    assert memory_mib() < memory + 20.0
+    driver.wait_matched()
+    driver.ask()
+
+
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +475,7 @@ def assert_ends(node: PolicyProcess, number: signal.Signals) -> None:
     assert "Traceback" not in node.log()
 
 
+@pytest.mark.fault(33)
 def test_signal_ends_an_inferring_node_with_code_0_within_two_seconds(policy_yaml: Path, other_domain: int) -> None:
     with SensorDriver(domain=other_domain) as driver, PolicyProcess(policy_yaml, None, domain=other_domain) as node:
         driver.describe()
@@ -320,6 +487,8 @@ def test_signal_ends_an_inferring_node_with_code_0_within_two_seconds(policy_yam
         assert_ends(node, signal.SIGTERM)
 
 
+@pytest.mark.fault(13)
+@pytest.mark.fault(37)
 def test_second_node_does_not_act_and_a_command_from_before_a_restart_is_gone(
     policy_yaml: Path, direction_store: Path, other_domain: int
 ) -> None:
