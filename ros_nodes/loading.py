@@ -63,7 +63,10 @@ class PolicyParameters:
     release_s: float = parameter(0.3, "time in which an expired command fades", low=0.0, high=60.0)
     max_slew_per_s: float = parameter(10.0, "fastest change of a strength", low=0.01, high=1000.0)
     over_limit: str = parameter("clamp", "what happens to a strength over its limit", choices=("clamp", "reject"))
-    sources: tuple[str, ...] = parameter((), "sources that may steer; empty is anybody. clear_all is open to everybody")
+    sources: tuple[str, ...] = parameter(
+        (),
+        "sources that may steer, as names or patterns such as hold:*; empty is anybody. clear_all is open to everybody",
+    )
     source_timeout_s: float = parameter(
         0.0,
         "what a source holds is released when it has sent nothing admitted for so long; 0 waits for ever",

@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from steer_runtime.directions.direction import Axis, Direction
@@ -66,7 +67,7 @@ class Verdict:
 class Limits:
     """Bounds on commands. Times in seconds, slew in strength units a second.
 
-    sources: who may steer; empty is anybody. source_timeout_s: what a source holds is released when it has sent nothing
+    sources: who may steer, as names or patterns such as `hold:*`; empty is anybody. source_timeout_s: what a source holds is released when it has sent nothing
     admitted for so long. max_strength: of every direction, on top of its own limit; max_strengths: of some, by name.
     max_dose: largest relative change of the residual stream; a strength is limited to max_dose / doses[name], with doses by
     direction at strength 1, where they are known (taken to grow in proportion, as in `setpoint.limits`); None: no limit.
@@ -232,7 +233,9 @@ class CommandDesk:
 
     def _check_source(self, command: SteeringCommand) -> None:
         allowed = self.limits.sources
-        if allowed and command.source not in allowed and command.op != "clear_all":
+        if not allowed or command.op == "clear_all":
+            return
+        if not any(fnmatchcase(command.source, pattern) for pattern in allowed):
             raise SteerError(
                 "source_not_allowed",
                 f"source {command.source!r} may not steer here: {nearest(command.source, allowed)}; only clear_all is open "

@@ -94,6 +94,6 @@ def test_robot_yaml_sets_declared_parameters_within_their_ranges(path: Path) -> 
         declared = DECLARED[node.rsplit("/", 1)[-1]]
         for name, value in content["ros__parameters"].items():
             facts = declared[name].metadata
-            assert type(value) is type(declared[name].default)
+            assert type(tuple(value) if isinstance(value, list) else value) is type(declared[name].default)
             assert not facts["choices"] or value in facts["choices"]
             assert facts["low"] is None or facts["low"] <= value <= facts["high"]

@@ -192,8 +192,10 @@ def test_no_command_makes_the_engine_raise(fields: dict[str, object]) -> None:
 
 
 def test_only_listed_sources_steer_and_anybody_may_stop(time: Time) -> None:
-    engine = engine_at(time, sources=frozenset({"anna"}))
+    engine = engine_at(time, sources=frozenset({"anna", "hold:*"}))
     anna, ben = Sender(time, "anna"), Sender(time, "ben")
+    assert engine.apply(Sender(time, "hold:host:17").set("speed", 0.5)).accepted
+    assert engine.apply(anna.clear_all()).accepted
     refused = engine.apply(ben.set("up", 0.5))
     assert (refused.accepted, refused.code) == (False, "source_not_allowed")
     assert "'anna'" in refused.sentence
