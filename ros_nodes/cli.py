@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -48,7 +49,8 @@ def register(app: typer.Typer) -> None:
         # An axis takes negative numbers, which are not options.
         context_settings={"ignore_unknown_options": True},
         epilog="Examples:  steer pub slow 0.5  ·  steer pub slow-fast -0.8  ·  "
-        "steer pub slow 0.5 --ramp 0.5 --hold 2 --priority 1 --span text  ·  steer pub motion 1 --steps 0:3",
+        "steer pub slow 0.5 --ramp 0.5 --hold 2 --priority 1 --span text  ·  steer pub motion 1 --steps 0:3  ·  "
+        "steer pub slow 0.5 --keep",
     )(publish)
     app.command("state", epilog="Examples:  steer state  ·  steer state --watch  ·  steer state --json")(show_state)
     app.command("clear", epilog="Examples:  steer clear slow  ·  steer clear --all")(clear)
@@ -84,6 +86,9 @@ def publish(
     strength: Annotated[float, typer.Argument(help="0 to 1 for a direction, -1 to 1 for an axis; 0 is off.")],
     ramp: Annotated[float | None, typer.Option("--ramp", help="Seconds to reach it. [default: the node's]")] = None,
     hold: Annotated[float | None, typer.Option("--hold", help="Seconds it lasts. [default: until cleared]")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Repeat it until Ctrl-C, then clear it; it is released if this process dies.")
+    ] = False,
     priority: Annotated[int, typer.Option("--priority", help="The higher one wins.", min=-128, max=127)] = 0,
     span: Annotated[list[str] | None, typer.Option("--span", help=f"Tokens: {', '.join(ROLES)}; repeatable.")] = None,
     steps: Annotated[
@@ -100,6 +105,8 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Command one direction or axis and print the verdict; exit code 1 when it was refused."""
+    if keep and hold is not None:
+        raise SteerError("bad_usage", "--keep lasts until Ctrl-C and --hold a number of seconds: give one of them")
     with _client(namespace, source) as client:
         state = client.state(timeout)
         sent = client.publish(
@@ -113,6 +120,13 @@ def publish(
             timeout=timeout,
         )
         verdict = client.wait_verdict(sent, timeout)
+        if keep and verdict.accepted:
+            again = client.stream(
+                target, strength, ramp_s=ramp, priority=priority, span=_span(span), steps=_steps(steps)
+            )
+            with again, suppress(KeyboardInterrupt):
+                print("kept until Ctrl-C", file=sys.stderr, flush=True)
+                threading.Event().wait()
     _finish(verdict, state, as_json)
 
 

@@ -233,9 +233,18 @@ class SteeringClient:
 
     @contextmanager
     def stream(
-        self, target: str, strength: float, *, period_s: float = 0.05, hold_s: float = 0.2, ramp_s: float | None = None
+        self,
+        target: str,
+        strength: float,
+        *,
+        period_s: float = 0.05,
+        hold_s: float = 0.2,
+        ramp_s: float | None = None,
+        priority: int = 0,
+        span: frozenset[Role] | None = None,
+        steps: tuple[int, int] | None = None,
     ) -> Iterator[None]:
-        """Steer for the length of a `with` block by repeating the command every `period_s` seconds.
+        """Steer for the length of a `with` block by repeating the command every `period_s` seconds; else as `publish`.
 
         Each repetition holds for `hold_s` only: when this process dies, the node releases the target by itself.
         """
@@ -244,7 +253,7 @@ class SteeringClient:
 
         def repeat() -> None:
             while True:
-                self.publish(target, strength, ramp_s=ramp_s, hold_s=hold_s)
+                self.publish(target, strength, ramp_s=ramp_s, hold_s=hold_s, priority=priority, span=span, steps=steps)
                 if done.wait(period_s):
                     return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,40 @@ def test_clear_all_clears(steer, client: SteeringClient) -> None:
     client.wait_state(lambda s: s.active == ())
 
 
+def test_a_kept_command_lasts_as_long_as_its_process(client: SteeringClient) -> None:
+    words = ["pub", "slow", "0.5", "--keep", "--timeout", "60"]
+    # A test run in the background ignores SIGINT, and its children would as well.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from steer_runtime.cli.main import main; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT)
+    try:
+        held = client.wait_state(lambda s: any(a.expires_in_s is not None for a in s.active), timeout=60.0)
+        assert held.active[0].source == "steer-cli"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30.0) == 0
+        client.wait_state(lambda s: s.active == ())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_stop_stops_and_reset_lets_go(steer, client: SteeringClient) -> None:
+    client.wait_verdict(client.publish("slow", 0.5))
+    code, output = steer("stop")
+    assert code == 0
+    assert "emergency stop" in output
+    assert client.wait_state(lambda s: s.loop_state == "stopped").active == ()
+    assert "released" in steer("stop", "--reset")[1]
+    client.wait_state(lambda s: s.loop_state != "stopped")
+
+
+def test_keep_and_hold_exclude_each_other(steer) -> None:
+    with pytest.raises(SteerError, match="give one of them"):
+        steer("pub", "slow", "0.5", "--keep", "--hold", "2")
+
+
 def test_clear_wants_a_name_or_all(steer) -> None:
     with pytest.raises(SteerError, match="--all"):
         steer("clear")
@@ -140,6 +175,6 @@ def test_importing_the_verbs_imports_no_ros() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["list", "pub", "state", "clear"])
+@pytest.mark.parametrize("verb", ["list", "pub", "state", "clear", "stop"])
 def test_help_shows_an_example(app: typer.Typer, verb: str) -> None:
     assert f"steer {verb}" in CliRunner().invoke(app, [verb, "--help"], terminal_width=200).output
