@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
@@ -208,7 +208,7 @@ class SteeringClient:
         return self._ask("reset_estop", timeout)
 
     def _ask(self, name: str, timeout: float) -> str:
-        service = self._node.create_client(Trigger, name)
+        service: Any = self._node.create_client(Trigger, name)
         deadline = time.monotonic() + timeout
         answered = threading.Event()
         try:
