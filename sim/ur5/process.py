@@ -36,6 +36,7 @@ REPORT_HZ = 125.0
 """Of a UR5's interface; rows of the log are as many."""
 MOST_CATCH_UP_S = 0.5
 """A machine that stands still for longer loses time instead of running it fast afterwards."""
+_CATCH_UP_STEP_S = 0.05
 REST_RAD_S = 1e-3
 _FLUSH_S = 1.0
 _START_S = 60.0
@@ -216,12 +217,12 @@ class _Served:
             self._log.close()
 
     def _pass_time(self) -> None:
+        """Let the arm's clock catch up with the steady one, a bounded step at a time: orders are heard in between."""
         late = time.monotonic() - (self._begin_s + self._arm.time_s)
         if late > MOST_CATCH_UP_S:
             self._lost_s += late - MOST_CATCH_UP_S
             self._begin_s += late - MOST_CATCH_UP_S
-        while self._begin_s + self._arm.time_s + self._arm.period_s <= time.monotonic():
-            self._arm.advance(self._arm.period_s)
+        self._arm.advance(self._arm.period_s * int(min(late, _CATCH_UP_STEP_S) / self._arm.period_s))
 
     def _on_step(self, arm: Ur5Arm) -> None:
         self._fastest = max(self._fastest, arm.tcp_speed)

