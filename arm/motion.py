@@ -29,6 +29,7 @@ from steer_runtime.errors import SteerError
 Mode = Literal["dry_run", "armed", "stopped"]
 
 _NEAR_RAD = 1e-6
+_STRAY_DECAY = 0.2
 _GRIP_STEP = 0.01
 _TRIES = (1.0, 0.5, 0.25)
 """Parts of a step that are tried where links or the table come near, or where joints do not reach all of it."""
@@ -87,6 +88,7 @@ class MotionCore:
         self._opening: float | None = None
         self._gripped: float | None = None
         self._first = True
+        self._strayed = 0.0  # rows that found the arm elsewhere, fading with those that did not
         self._scaling = 1.0
 
     # -- orders -------------------------------------------------------------------------------------------------------
@@ -233,7 +235,9 @@ class MotionCore:
         off = np.linalg.norm(self.kinematics.pose(commanded).position - self.kinematics.pose(state.positions).position)
         if off > self.settings.motion.reanchor_m:
             self._limit("reanchored")
+            self._strayed += 1.0
             return state.positions.copy()
+        self._strayed = max(0.0, self._strayed - _STRAY_DECAY)
         return self._target
 
     def _wanted_step(self, row: NDArray[np.float64], base: Joints, scaling: float) -> tuple[Joints, Code | str]:
@@ -412,11 +416,11 @@ class MotionCore:
         way = float(
             np.linalg.norm(self.kinematics.pose(commanded).position - self.kinematics.pose(state.positions).position)
         )
-        if way <= motion.lost_m and turned <= motion.lost_rad:
+        if way <= motion.lost_m and turned <= motion.lost_rad and self._strayed <= motion.lost_rows:
             return False
         self.stop(
             "not_following",
-            f"the arm is {way:.3f} m and {turned:.2f} rad from where it was sent: is the trajectory controller active?",
+            f"the arm is {way:.3f} m and {turned:.2f} rad from where it was sent, and does not follow: is the trajectory controller active?",
             now_s,
         )
         return True
@@ -433,7 +437,7 @@ class MotionCore:
     def _begin_at(self, state: ArmState, now_s: float) -> None:
         self._target = state.positions.copy()
         self._plan, self._progress_s, self._ticked_s = self._resting(state.positions), 0.0, now_s
-        self._first, self._limited = True, ()
+        self._first, self._limited, self._strayed = True, (), 0.0
         self._gripped = None
         self._scaling = state.speed_scaling
 

@@ -92,6 +92,7 @@ class Motion(_Part):
     reanchor_m: Positive
     lost_m: Positive
     lost_rad: Positive
+    lost_rows: Positive
     first_command_m: Positive
     first_command_rad: Positive
     state_timeout_s: Annotated[float, Field(gt=0, le=1)]

@@ -7,7 +7,6 @@ import numpy as np
 
 from arm.actions import ActionReader
 from arm.kinematics import Kinematics
-from arm.model import HOME
 from arm.motion import MotionCore
 from arm.port import ArmState, JointMotion
 from arm.settings import ArmSettings, load_settings
@@ -20,8 +19,6 @@ JOINT_DELTA = ActionSpace("joint_delta", "none", "base_link", 0.0, 0.02, 20.0, 0
 JOINT_ABS = ActionSpace("joint_abs", "none", "base_link", 0.0, 1.0, 20.0, 0.0, 1.0)
 SETTINGS = load_settings()
 SPACES = {"ee_delta": (EE_DELTA, 0.2), "joint_delta": (JOINT_DELTA, 1.0), "joint_abs": (JOINT_ABS, 1.0)}
-
-assert HOME is not START
 
 
 class Follower:
@@ -89,11 +86,12 @@ class Follower:
 class Bench:
     """A core on a follower, at its tick and at the rate of its rows."""
 
-    def __init__(self, kind: str = "ee_delta", *, armed: bool = True, **changes: object) -> None:
+    def __init__(self, kind: str = "ee_delta", *, armed: bool = True, start: np.ndarray = START) -> None:
         space, scale = SPACES[kind]
-        self.arm = Follower()
+        self.arm = Follower(start=start)
         self.shown: list[JointMotion] = []
-        reader = ActionReader(space, SETTINGS, float(changes.pop("motion_scale", scale)))  # type: ignore[arg-type]
+        self._even = False
+        reader = ActionReader(space, SETTINGS, scale)
         self.core = MotionCore(SETTINGS, reader, self.arm, self.shown.append)
         if armed:
             self.core.arm(self.arm.now_s)
@@ -109,12 +107,9 @@ class Bench:
         self.core.accept(row, self.arm.now_s)
         self.arm.advance(late_s)
         period = round(self.core.reader.period_s * SETTINGS.motion.tick_hz)
-        self.tick(period if self.row_is_even() else period + 1)
-
-    def row_is_even(self) -> bool:
-        """20 Hz in 50 Hz: two ticks, then three."""
-        self._even = not getattr(self, "_even", False)
-        return self._even
+        # 20 Hz in 50 Hz: two ticks, then three.
+        self._even = not self._even
+        self.tick(period if self._even else period + 1)
 
     def rest(self, ticks: int = 40) -> None:
         """Hold until at rest."""

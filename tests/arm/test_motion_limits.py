@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from follower import EE_DELTA, SETTINGS, STEP_S, Bench, Follower
+from follower import EE_DELTA, SETTINGS, START, STEP_S, Bench, Follower
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -217,11 +217,7 @@ def test_rows_into_a_wall_are_scaled_then_stopped_with_a_code(row: list[float], 
 
 @pytest.mark.fault(30)
 def test_a_joint_stops_before_its_range_ends() -> None:
-    bench = Bench("joint_delta")
-    bench.arm.positions[5] = 5.5
-    bench.core.disarm(bench.arm.now_s)
-    bench.core.arm(bench.arm.now_s)
-    bench.arm.track.clear()
+    bench = Bench("joint_delta", start=np.array([*START[:5], 5.5]))
     _drive(bench, [0, 0, 0, 0, 0, 1, 0], 80)
     assert bench.counters()["limit_joint_range"] > 0
     assert bench.arm.positions[5] == pytest.approx(LIMITS.joint_highest_rad[5] - LIMITS.joint_margin_rad, abs=0.02)
@@ -240,8 +236,8 @@ def test_no_link_comes_near_another_or_the_table(sign: int, code: str) -> None:
 
 @pytest.mark.fault(30)
 def test_a_link_keeps_its_distance_from_the_others() -> None:
-    bench = Bench("joint_delta")
-    _drive(bench, [0, 0, 0, 1, 0, 0, 0], 150)  # the wrist folds the gripper onto the forearm
+    bench = Bench("joint_delta", start=np.array([0.0, -2.2, 1.6, -1.0, -1.57, 0.0]))
+    _drive(bench, [0, 0, 1, 0, 0, 0, 0], 50)  # the elbow folds the forearm onto the upper arm
     assert bench.counters().get("limit_self_collision", 0) > 0, bench.counters()
     links, table = bench.arm.kinematics.clearance(bench.arm.positions)
     assert min(links, table) >= LIMITS.clearance_m

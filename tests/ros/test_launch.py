@@ -18,6 +18,8 @@ import yaml
 from ros_nodes.libero_robot_node import LiberoParameters
 from ros_nodes.loading import PolicyParameters
 from ros_nodes.robot_node import RobotParameters
+from ros_nodes.ur5_bridge_node import ArmRobotParameters, BridgeParameters
+from ros_nodes.ur_driver import UrDriverParameters
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +30,9 @@ ROOT = Path(__file__).parents[2]
 DECLARED = {
     "policy": {f.name: f for f in fields(PolicyParameters)},
     "libero_robot": {f.name: f for kind in (RobotParameters, LiberoParameters) for f in fields(kind)},
+    "ur5_bridge": {
+        f.name: f for kind in (ArmRobotParameters, BridgeParameters, UrDriverParameters) for f in fields(kind)
+    },
 }
 
 
