@@ -49,7 +49,7 @@ class WristCamera:
     """
 
     position: tuple[float, float, float] = (0.0, -0.09, -0.16)
-    quaternion: tuple[float, float, float, float] = (0.0, 0.9914, 0.1305, 0.0)
+    quaternion: tuple[float, float, float, float] = (0.1305, 0.9914, 0.0, 0.0)
     fovy: float = 75.0
 
 
@@ -122,7 +122,7 @@ def table_scene(*, meshes: bool = True) -> Scene:
     """The arm on a table with a cube to look at."""
     spec = mujoco.MjSpec()
     spec.visual.global_.offwidth = spec.visual.global_.offheight = 1024
-    spec.visual.headlight.ambient = [0.4, 0.4, 0.4]
+    spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.3, 0.3, 0.3], [0.3, 0.3, 0.3]
     world = spec.worldbody
     world.add_light(pos=[0.3, -0.5, 2.5], dir=[0.0, 0.2, -1.0])
     world.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[3, 3, 0.1], pos=[0, 0, -0.75], rgba=[0.35, 0.37, 0.4, 1])

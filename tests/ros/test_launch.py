@@ -19,6 +19,7 @@ from ros_nodes.libero_robot_node import LiberoParameters
 from ros_nodes.loading import PolicyParameters
 from ros_nodes.robot_node import RobotParameters
 from ros_nodes.ur5_bridge_node import ArmRobotParameters, BridgeParameters
+from ros_nodes.ur5_standin_node import StandinParameters
 from ros_nodes.ur_driver import UrDriverParameters
 
 if sys.version_info >= (3, 11):
@@ -28,6 +29,7 @@ else:
 
 ROOT = Path(__file__).parents[2]
 DECLARED = {
+    "ur5_standin": {f.name: f for f in fields(StandinParameters)},
     "policy": {f.name: f for f in fields(PolicyParameters)},
     "libero_robot": {f.name: f for kind in (RobotParameters, LiberoParameters) for f in fields(kind)},
     "ur5_bridge": {
