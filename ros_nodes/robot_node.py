@@ -7,6 +7,7 @@ chunk, row and steering of every step. The robot is made, stepped and ended in t
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections import deque
@@ -39,6 +40,7 @@ from ros_nodes.convert import (
     pose_to_msg,
     time_from_ns,
 )
+from ros_nodes.diagnosis import OK, WARN, Diagnosis, Health
 from ros_nodes.guard import Complaints, guarded
 from ros_nodes.parameters import declare, parameter
 from ros_nodes.qos import ACTION, LATCHED, SENSOR, STATUS, VERDICT
@@ -157,7 +159,7 @@ class RobotNode(Node):
         self._stamp_ns = 0
         self._published_s = 0.0
         self._episode = 0
-        self._hold_steps = 0
+        self._hold_steps = self._steps = 0
         self._started = False
         self._owner: tuple[str, float] | None = None
         self._chunk: _Chunk | None = None
@@ -184,6 +186,32 @@ class RobotNode(Node):
         # Not simulated time, which may stand still or jump under a robot that moves.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(1.0 / self._settings.rate_hz if free else WAIT_TICK_S, self._tick, clock=steady)
+        Diagnosis(self, self.complaints, "robot", self.health)
+
+    def health(self) -> Health:
+        """How it does, for /diagnostics; robots with more to tell add to it."""
+        now = time.monotonic()
+        step = 0 if self._frame is None else self._frame.step
+        values = {
+            "mode": self._settings.mode,
+            "session": self.session_id,
+            "episode": self._episode + 1,
+            "step": step,
+            "held": self._last.held,
+            "inference": self._last.inference_id,
+            "steering_sequence": self._last.steering.sequence,
+            "frame_age_s": now - self._published_s if self._published_s else math.inf,
+            "policy": "" if self._owner is None else self._owner[0],
+            "action_age_s": math.inf if self._owner is None else now - self._owner[1],
+        }
+        if self._queue is not None:
+            values |= {f"queue_{name}": count for name, count in self._queue.counters.items()}
+        rates = {"steps": self._steps, "hold_steps": self._hold_steps}
+        if self._robot is None or not self._started:
+            return Health(WARN, "waiting for a policy's actions", values, rates, self._kind)
+        if self._last.held and self._last.held != "nothing yet":
+            return Health(WARN, f"holding: {self._last.held}", values, rates, self._kind)
+        return Health(OK, "acting", values, rates, self._kind)
 
     def close(self) -> None:
         """End the robot, once whoever listens has heard how its episode ended."""
@@ -326,6 +354,7 @@ class RobotNode(Node):
             self.complaints.refuse(error)
             return
         self._gripper, self._last = float(now.action[-1]), Executed.of(now)
+        self._steps += 1
         if show or frame.done:
             self._show(frame)
         else:

@@ -157,7 +157,7 @@ class Replay:
 
     def _load(self, told: Mapping[str, Any]) -> Loaded:
         known = {f.name for f in fields(PolicyParameters)}
-        values = {
+        values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in told["parameters"].items()
             if name in known and name not in AT_WORK
