@@ -1,4 +1,4 @@
-"""Verbs of the `steer` command that talk to a running policy node: list, pub, state, clear, stop.
+"""Verbs of the `steer` command that talk to a running policy node: list, pub, state, clear, stop, arm.
 
 Invariant: importing this imports no ROS; a missing ROS or node is one sentence and its own exit code.
 """
@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ros_nodes import hold_cli
+from ros_nodes import arm_cli, hold_cli
 from ros_nodes.demo import demo
 from ros_nodes.recording import cli as recording_cli
 from steer_runtime.errors import SteerError
@@ -55,6 +55,7 @@ def register(app: typer.Typer) -> None:
     app.command("state", epilog="Examples:  steer state  ·  steer state --watch  ·  steer state --json")(show_state)
     app.command("clear", epilog="Examples:  steer clear slow  ·  steer clear --all")(clear)
     app.command("stop", epilog="Examples:  steer stop  ·  steer stop --reset")(stop)
+    app.command("arm", epilog=arm_cli.EXAMPLES)(arm_cli.arm)
     app.command("demo")(demo)
     app.command("hold", epilog=hold_cli.EXAMPLES)(hold_cli.hold)
     recording_cli.register(app)
@@ -62,7 +63,7 @@ def register(app: typer.Typer) -> None:
 
 def list_targets(namespace: Namespace = "/steer", timeout: Timeout = 8.0, as_json: AsJson = False) -> None:
     """Directions and axes that the running policy node knows."""
-    with _client(namespace) as client:
+    with open_client(namespace) as client:
         state = client.state(timeout)
     if as_json:
         _print_json(
@@ -107,7 +108,7 @@ def publish(
     """Command one direction or axis and print the verdict; exit code 1 when it was refused."""
     if keep and hold is not None:
         raise SteerError("bad_usage", "--keep lasts until Ctrl-C and --hold a number of seconds: give one of them")
-    with _client(namespace, source) as client:
+    with open_client(namespace, source) as client:
         state = client.state(timeout)
         sent = client.publish(
             target,
@@ -145,7 +146,7 @@ def clear(
         raise SteerError(
             "bad_usage", "give either one name or --all, such as `steer clear slow` or `steer clear --all`"
         )
-    with _client(namespace, source) as client:
+    with open_client(namespace, source) as client:
         state = client.state(timeout)
         sent = client.clear(target, ramp_s=ramp, priority=priority, timeout=timeout)
         verdict = client.wait_verdict(sent, timeout)
@@ -157,8 +158,11 @@ def stop(
     namespace: Namespace = "/steer",
     timeout: Timeout = 8.0,
 ) -> None:
-    """Emergency stop by software: nothing is steered and no action goes out until it is reset."""
-    with _client(namespace) as client:
+    """Emergency stop by software: nothing is steered, no action goes out and an arm's bridge stops.
+
+    --reset lets the policy node go on; a bridge lets go by `steer arm --reset`.
+    """
+    with open_client(namespace) as client:
         print(client.reset_stop(timeout) if reset else client.stop(timeout))
 
 
@@ -169,7 +173,7 @@ def show_state(
     as_json: AsJson = False,
 ) -> None:
     """What the policy node does now, and which chunk and steering the robot's last control step came from."""
-    with _client(namespace) as client:
+    with open_client(namespace) as client:
         state = client.state(timeout)
         robot = client.robot(ROBOT_S)
         if not watch:
@@ -189,7 +193,7 @@ def show_state(
 
 
 @contextmanager
-def _client(namespace: str, source: str | None = None) -> Iterator[SteeringClient]:
+def open_client(namespace: str, source: str | None = None) -> Iterator[SteeringClient]:
     """A client whose failures are one sentence and an exit code."""
     try:
         from ros_nodes.client import SteeringClient

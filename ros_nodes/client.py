@@ -18,8 +18,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import rclpy
+from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
+from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 from steer_msgs.msg import EpisodeStatus
 from steer_msgs.msg import SteeringCommand as SteeringCommandMsg
@@ -197,32 +199,65 @@ class SteeringClient:
         return self._send(op, target or "", 0.0, ramp_s, None, priority, None, None, timeout)
 
     def stop(self, timeout: float = DEFAULT_TIMEOUT_S) -> str:
-        """Pull the emergency stop of the node and return its answer: nothing is steered, no action goes out.
+        """Pull the emergency stop of every node that listens, and return the answer of the policy node.
 
-        Raises SteerError('no_node').
+        Nothing is steered, no action goes out, an arm's bridge stops. Without a policy node the topic alone stops the others,
+        and the answer says so. Raises SteerError('no_node') when nobody listens.
         """
-        return self._ask("estop", timeout)
+        told = self._node.create_publisher(Bool, "estop", LATCHED)
+        told.publish(Bool(data=True))
+        try:
+            return str(self.ask(Trigger, "estop", Trigger.Request(), timeout).message)
+        except SteerError:
+            if not told.get_subscription_count():
+                raise
+            told.wait_for_all_acked(Duration(seconds=timeout))
+            return "no policy node answered; the other nodes that listen to `estop` were told to stop"
+        finally:
+            self._node.destroy_publisher(told)
 
     def reset_stop(self, timeout: float = DEFAULT_TIMEOUT_S) -> str:
         """Let go of the node's emergency stop and return its answer. Raises SteerError('no_node')."""
-        return self._ask("reset_estop", timeout)
+        return str(self.ask(Trigger, "reset_estop", Trigger.Request(), timeout).message)
 
-    def _ask(self, name: str, timeout: float) -> str:
-        service: Any = self._node.create_client(Trigger, name)
+    def ask(self, kind: Any, name: str, request: Any, timeout: float = DEFAULT_TIMEOUT_S) -> Any:
+        """The response of a service of this namespace, of the service type `kind`. Raises SteerError('no_node')."""
+        service: Any = self._node.create_client(kind, name)
         deadline = time.monotonic() + timeout
         answered = threading.Event()
         try:
             if service.wait_for_service(timeout):
-                future = service.call_async(Trigger.Request())
+                future = service.call_async(request)
                 future.add_done_callback(lambda _: answered.set())
                 if answered.wait(max(0.0, deadline - time.monotonic())):
-                    return str(future.result().message)
+                    return future.result()
         finally:
             self._node.destroy_client(service)
         raise SteerError(
             "no_node",
             f"service {name!r} in namespace {self._node.get_namespace()!r} did not answer within {timeout:g} s; use the robot's "
             "own stop",
+        )
+
+    def latest(self, kind: Any, name: str, timeout: float = DEFAULT_TIMEOUT_S) -> Any:
+        """What is latched on a topic of this namespace, of the message type `kind`. Raises SteerError('no_node')."""
+        heard: list[Any] = []
+        came = threading.Event()
+
+        def keep(message: Any) -> None:
+            heard.append(message)
+            came.set()
+
+        subscription = self._node.create_subscription(kind, name, keep, LATCHED)
+        try:
+            if came.wait(timeout):
+                return heard[-1]
+        finally:
+            self._node.destroy_subscription(subscription)
+        raise SteerError(
+            "no_node",
+            f"nobody tells {name!r} in namespace {self._node.get_namespace()!r} within {timeout:g} s; start the node or give its "
+            "namespace",
         )
 
     def send(self, command: SteeringCommand, timeout: float = DEFAULT_TIMEOUT_S) -> SteeringCommand:
