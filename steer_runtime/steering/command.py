@@ -437,6 +437,8 @@ def _check_fields(command: SteeringCommand, limits: Limits) -> None:
     if command.hold_s is not None:
         _number("hold_s", command.hold_s, 0.0, limits.max_hold_s, "bad_field")
     if command.span is not None:
+        if not isinstance(command.span, frozenset) or not all(isinstance(role, str) for role in command.span):
+            raise SteerError("bad_span", f"span is {str(command.span)[:80]}: expected a set of token roles, or none")
         span_bits(command.span)
     if command.steps is not None:
         _steps(command.steps)
