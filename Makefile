@@ -64,7 +64,7 @@ test-faults: setup ## What the nodes do in every fault of docs/faults.md
 # The ROS wheels of another distribution, on top of the packages of $(VENV).
 JAZZY := .venv-jazzy
 ROS_WHEELS := rclpy rmw-fastrtps-cpp std-msgs sensor-msgs geometry-msgs trajectory-msgs diagnostic-msgs std-srvs lifecycle-msgs \
-	builtin-interfaces rcl-interfaces rosgraph-msgs
+	builtin-interfaces rcl-interfaces rosgraph-msgs python-cmake-module
 
 $(JAZZY)/.ready: $(VENV)/.ready constraints-jazzy.txt
 	@test -x $(JAZZY)/bin/python || $(BIN)/python -m venv $(JAZZY)

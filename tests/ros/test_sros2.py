@@ -17,8 +17,10 @@ from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
 
 from ros_nodes.client import SteeringClient
+from ros_nodes.hold_node import HoldNode
 from ros_nodes.policy_node import PolicyNode
 from ros_nodes.robot_node import RobotNode
+from ros_nodes.ur5_bridge_node import Ur5BridgeNode
 
 FOLDER = Path(__file__).parents[2] / "configs" / "sros2"
 POLICIES = sorted(FOLDER.glob("*.xml"))
@@ -115,6 +117,22 @@ def test_robot_node_may_do_what_it_does_and_no_more(third_domain: int) -> None:
     with a_node(make, third_domain) as node:
         has = used(node, "libero_robot")
         assert_fits("/steer/robot", has, later={"/steer/camera/*/image"})
+
+
+def test_hold_node_may_do_what_it_does_and_no_more(third_domain: int) -> None:
+    with a_node(lambda context: HoldNode(context=context), third_domain) as node:
+        assert_fits("/steer/hold", used(node, "hold"))
+
+
+def test_bridge_may_do_what_it_does_and_no_more(third_domain: int) -> None:
+    def make(context: Any) -> Ur5BridgeNode:
+        parameters = [Parameter("replan_steps", value=1), Parameter("on_steering", value="flush")]
+        return Ur5BridgeNode(context=context, parameter_overrides=parameters)
+
+    with a_node(make, third_domain) as node:
+        node.trigger_configure()
+        assert_fits("/steer/ur5_bridge", used(node, "ur5_bridge"), later={"/steer/camera/*/image"})
+        node.close()
 
 
 def test_operator_may_command_and_stop(third_domain: int) -> None:
