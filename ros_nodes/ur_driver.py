@@ -24,7 +24,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from arm.port import JOINT_NAMES, ArmState, JointMotion, Joints
 from ros_nodes.guard import Complaints, guarded
 from ros_nodes.parameters import parameter
-from ros_nodes.qos import COMMAND, LATCHED, SENSOR
+from ros_nodes.qos import COMMAND, SENSOR, STATUS
 from steer_runtime.errors import SteerError
 
 _HALT_S = 0.2
@@ -81,7 +81,7 @@ class UrDriver:
         hear = node.create_subscription
         self._subscriptions = [
             hear(JointState, settings.joint_states, self._on_joints, SENSOR),
-            hear(Bool, settings.program_running, self._on_running, LATCHED),
+            hear(Bool, settings.program_running, self._on_running, STATUS),
             hear(Float64, settings.speed_scaling, self._on_scaling, SENSOR),
             hear(PoseStamped, settings.tcp_pose, self._on_pose, SENSOR),
         ]
