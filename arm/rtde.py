@@ -207,8 +207,7 @@ class RtdePort:
             halting, self._halting = self._halting, False
             running = self._motion
             if not self._program_runs():
-                if running is not None or self._commanded is not None:
-                    self._counters["dropped_motions"] += running is not None
+                self._counters["dropped_motions"] += running is not None
                 self._motion = self._commanded = None
                 return
         if halting:
@@ -228,6 +227,7 @@ class RtdePort:
             self._commanded = point if taken else None
             if not taken:
                 self._motion = None
+                self._counters["dropped_motions"] += 1
             elif running.over(settings.lookahead_s):
                 self._motion = None
                 self._counters["finished_motions"] += 1

@@ -95,6 +95,8 @@ def replay(
         print(json.dumps(asdict(report)))
     else:
         _print(report)
+    if not report.same and not report.different:
+        raise SteerError("nothing_compared", f"nothing of {file} could be compared: {report.sentence}")
     if not report.reproduced:
         raise typer.Exit(EXIT_DIFFERS)
 

@@ -59,6 +59,7 @@ class Controller:
     program: bool = False
     protective_stop: bool = False
     slider: float = 1.0
+    tcp: list[float] = field(default_factory=lambda: list(TCP))
     ready: int = 0
     registers: dict[str, float] = field(default_factory=dict)
     handled: int = 0
@@ -80,7 +81,7 @@ class Controller:
             "timestamp": [time.monotonic()],
             "actual_q": self.q,
             "actual_qd": self.qd,
-            "actual_TCP_pose": TCP,
+            "actual_TCP_pose": self.tcp,
             "target_q": self.target or self.q,
             "robot_status_bits": [status],
             "safety_status_bits": [safety],
@@ -157,6 +158,8 @@ class Controller:
                 self.end_program("pendant")
             elif word.startswith("slider="):
                 self.slider = float(word.split("=")[1])
+            elif word.startswith("tcp="):
+                self.tcp = [float(number) for number in word.split("=")[1].split(",")]
             else:
                 self.event(f"unknown order {word}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arm_fakes import Fake, free_address
 
 from arm.port import ArmState, JointMotion
 from arm.rtde import RtdePort, RtdeSettings, in_base_link
@@ -22,47 +22,11 @@ pytest.importorskip("rtde_control")
 PATIENCE_S = 60.0
 PATIENT = RtdeSettings(watchdog_s=3.0)
 """For a machine that is busy with other things: what the watchdog does is tested by itself."""
-FAKE = Path(__file__).parent / "fake_ur.py"
-
-
-class Fake:
-    """The controller's process, on an address of this machine's own."""
-
-    def __init__(self, address: str, log: Path) -> None:
-        self.address, self._log = address, log
-        self.process = subprocess.Popen(
-            [sys.executable, str(FAKE), address, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def order(self, word: str) -> None:
-        """Tell it what happens, and wait until it has."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{word}\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline()
-
-    def told(self) -> dict[str, Any]:
-        """What the arm was told and did so far."""
-        self.order("dump")
-        return json.loads(self._log.read_text())
-
-    def events(self) -> list[str]:
-        return [what for _, what in self.told()["events"]]
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait(5.0)
-
-
-_addresses = iter(f"127.0.{high}.{low}" for high in range(80, 90) for low in range(2, 250))
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[Fake]:
-    controller = Fake(next(_addresses), tmp_path / "told.json")
+    controller = Fake(free_address(), tmp_path / "told.json")
     yield controller
     controller.end()
 
