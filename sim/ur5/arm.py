@@ -62,6 +62,7 @@ class Ur5Arm:
         self._fingers = self.model.actuator(f"{PREFIX}gripper/fingers_actuator").id
         self._knuckle = self.model.joint(f"{PREFIX}gripper/left_driver_joint").qposadr[0]
         self._base, self._tcp = self.model.body(f"{PREFIX}base").id, self.model.site(TCP).id
+        self._things = [self.model.joint(thing).qposadr[0] + np.arange(3) for thing in scene.things]
         self._inertia = np.zeros((self.model.nv, self.model.nv))
         self._unlock_delay_s = unlock_delay_s
 
@@ -138,6 +139,10 @@ class Ur5Arm:
     def velocities(self) -> np.ndarray:
         """rad/s [6], kinematic order."""
         return self.data.qvel[self._v]
+
+    def things(self) -> np.ndarray:
+        """Where the scene's things are: m [T, 3], world frame."""
+        return np.array([self.data.qpos[at] for at in self._things]).reshape(-1, 3)
 
     def measure(self) -> Measured:
         """The present state."""

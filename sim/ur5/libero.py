@@ -63,6 +63,7 @@ def libero_scene(task_id: int = 0, init_state_index: int = 0, *, meshes: bool = 
         # robosuite's collision shapes are group 0, Menagerie's group 3.
         hidden_groups=(0, 3) if meshes else (0,),
         instruction=start.instruction,
+        things=tuple(start.free),
     )
 
 
@@ -87,7 +88,7 @@ def _start_of(task_id: int, init_state_index: int) -> _Start:
             mount=data.get_body_xpos(_PANDA).copy(),
             position=position,
             rotation=rotation,
-            eye=WristCamera(tuple(away), tuple(quaternion), float(model.cam_fovy[eye])),
+            eye=WristCamera(tuple(away), tuple(quaternion), float(model.cam_fovy[eye])),  # type: ignore[arg-type]
             free=free,
             instruction=robot.instruction,
         )

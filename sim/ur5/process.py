@@ -95,6 +95,7 @@ class ArmProcess:
                 "model": str(model),
                 "start": list(scene.start),
                 "qpos": None if scene.qpos is None else scene.qpos.tolist(),
+                "things": list(scene.things),
                 "log": None if log is None else str(log.resolve()),
                 "options": options,
             }
@@ -262,7 +263,8 @@ class _Served:
         if self._log is None:
             return
         arm, time_s = self._arm, self._begin_s + self._arm.time_s
-        self._log.add(time_s, arm.positions, arm.velocities, arm.measure().tcp_position, self._fastest)
+        tcp = arm.measure().tcp_position
+        self._log.add(time_s, arm.positions, arm.velocities, tcp, self._fastest, arm.things())
         self._fastest = 0.0
         if time_s - self._flushed_s > _FLUSH_S:
             self._flushed_s = time_s
@@ -285,8 +287,9 @@ _OBEYED: Mapping[str, Callable[..., None]] = {
 def _serve(descriptor: int, said: Mapping[str, Any]) -> None:
     model = mujoco.MjModel.from_binary_path(said["model"])
     qpos = None if said["qpos"] is None else np.array(said["qpos"])
-    arm = Ur5Arm(Scene(model, tuple(said["start"]), qpos), **said["options"])
-    log = None if said["log"] is None else MotionLog(Path(said["log"]))
+    things = tuple(said["things"])
+    arm = Ur5Arm(Scene(model, tuple(said["start"]), qpos, things=things), **said["options"])
+    log = None if said["log"] is None else MotionLog(Path(said["log"]), things)
     _Served(Connection(descriptor), arm, log).run()
 
 

@@ -58,7 +58,7 @@ class Scene:
     """A model with one arm in it and where it starts.
 
     start: joints, rad [6]. qpos: the whole model's start, else
-    the model's own. views: name of a picture -> camera. hidden_groups: geom groups that are not drawn.
+    the model's own. views: name of a picture -> camera. hidden_groups: geom groups that are not drawn. things: free joints of what lies around.
     """
 
     model: mujoco.MjModel
@@ -67,6 +67,7 @@ class Scene:
     views: Mapping[str, View] = field(default_factory=dict)
     hidden_groups: tuple[int, ...] = (3,)
     instruction: str = ""
+    things: tuple[str, ...] = ()
 
 
 def attach_arm(
@@ -134,7 +135,7 @@ def table_scene(*, meshes: bool = True) -> Scene:
         rgba=[0.75, 0.63, 0.48, 1],
     )
     cube = world.add_body(name="cube", pos=[0.5, 0.2, 0.025])
-    cube.add_freejoint()
+    cube.add_freejoint(name="cube")
     cube.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[0.02, 0.02, 0.025], rgba=[0.8, 0.15, 0.1, 1], mass=0.1)
     # Opposite the arm, above the table, looking back and down at it.
     world.add_camera(name="agentview", pos=[1.5, 0.0, 0.9], xyaxes=[0, 1, 0, -0.55, 0, 1], fovy=45.0)
@@ -143,4 +144,5 @@ def table_scene(*, meshes: bool = True) -> Scene:
         spec.compile(),
         hidden_groups=(3,) if meshes else (),
         views={"agentview": View("agentview"), "wrist": View(f"{PREFIX}wrist")},
+        things=("cube",),
     )

@@ -239,9 +239,9 @@ def test_peaks_are_those_of_the_motion_and_are_forgotten_on_demand(arm: Ur5Arm) 
 
 def test_a_log_that_was_cut_off_is_read_to_its_last_row(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "motion.npz"
-    log = MotionLog(path)
+    log = MotionLog(path, ["cube"])
     for row in range(3):
-        log.add(row, np.full(6, row), np.zeros(6), np.arange(3), 0.1 * row)
+        log.add(row, np.full(6, row), np.zeros(6), np.arange(3), 0.1 * row, np.full((1, 3), row))
     log.flush()
     rows = path.with_name("motion.npz.rows")
     with rows.open("ab") as file:
@@ -254,3 +254,5 @@ def test_a_log_that_was_cut_off_is_read_to_its_last_row(tmp_path: Path) -> None:
     whole = read_motion(path)
     np.testing.assert_array_equal(whole.positions, cut.positions)
     np.testing.assert_allclose(whole.tcp_speed, [0.0, 0.1, 0.2])
+    assert whole.names == ("cube",)
+    np.testing.assert_array_equal(whole.things[2], [[2.0, 2.0, 2.0]])
