@@ -35,7 +35,7 @@ LIMITS = Limits(
     max_strengths={"up": 0.4},
 )
 LARGEST = {"up": 0.4, "drift": 1.0, "slow": 0.5, "fast": 1.0, "speed": 1.0}
-COMMANDS_AN_EXAMPLE = 50
+COMMANDS_AN_EXAMPLE = 20
 
 anything = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=200), st.binary(max_size=20)
@@ -166,7 +166,7 @@ def run(examples: int) -> Storm:
 
 @pytest.mark.fault(12)
 def test_a_short_storm_of_commands_leaves_the_engine_sound() -> None:
-    storm = run(20)
+    storm = run(50)
     assert storm.commands >= 1000
 
 
@@ -174,14 +174,14 @@ def test_a_short_storm_of_commands_leaves_the_engine_sound() -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(7200)
 def test_a_long_storm_of_commands_leaves_the_engine_sound_and_its_memory_flat() -> None:
-    run(20)
+    run(50)
     gc.collect()
     tracemalloc.start()
     try:
-        run(100)
+        run(250)
         gc.collect()
         early = tracemalloc.get_traced_memory()[0]
-        storm = run(1800)
+        storm = run(4500)
         gc.collect()
         late = tracemalloc.get_traced_memory()[0]
     finally:
