@@ -32,12 +32,13 @@ _WHOLE = 1.0 - 1e-9
 
 
 class SpeedLimits:
-    """Ceilings that motion is planned with: those of the settings times the headroom for late messages."""
+    """Ceilings that motion is planned with: shares of the settings', so that late messages do not take the arm past those."""
 
     def __init__(self, settings: ArmSettings) -> None:
-        limits, share = settings.limits, settings.motion.headroom
+        limits, motion = settings.limits, settings.motion
+        share = motion.headroom
         self.joint_speed = np.array(limits.joint_speed_rad_s) * share
-        self.joint_acceleration = np.array(limits.joint_acceleration_rad_s2) * share
+        self.joint_acceleration = np.array(limits.joint_acceleration_rad_s2) * motion.acceleration_share
         self.tcp_speed = limits.tcp_speed_m_s * share
         self.tcp_turn = limits.tcp_turn_rad_s * share
 

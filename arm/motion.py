@@ -28,7 +28,8 @@ from steer_runtime.errors import SteerError
 
 Mode = Literal["dry_run", "armed", "stopped"]
 
-_NEAR_RAD = 1e-6
+_NEAR_RAD = 2e-4
+"""A trajectory that ends so near its target is left to run out: a tenth of a millimetre at the TCP."""
 _STRAY_DECAY = 0.2
 _GRIP_STEP = 0.01
 _TRIES = (1.0, 0.5, 0.25)
@@ -301,12 +302,13 @@ class MotionCore:
     # -- from the target to a trajectory ------------------------------------------------------------------------------
 
     def _planned(self, elapsed_s: float) -> Stopping | None:
-        """The next trajectory, from where the controller is; None at rest on the target."""
+        """The next trajectory, from where the controller is; None where the one under way ends on the target."""
         assert self._target is not None
+        assert self._plan is not None
+        if np.abs(self._target - self._plan.end).max() < _NEAR_RAD:
+            return None
         here, speed = self._now()
         way = self._target - here
-        if not self._moving() and np.abs(way).max() < _NEAR_RAD:
-            return None
         motion, acceleration = self.settings.motion, self._speeds.joint_acceleration
         wanted = approach(way, acceleration, motion)
         jacobian = self.kinematics.jacobian(here)

@@ -87,6 +87,7 @@ class Motion(_Part):
     lead_s: Annotated[float, Field(ge=0.01, le=0.2)]
     transport_jitter_s: Annotated[float, Field(ge=0, le=0.1)]
     knot_s: Annotated[float, Field(ge=0.005, le=0.05)]
+    acceleration_share: Annotated[float, Field(gt=0, le=1)]
     lead_m: Positive
     lead_rad: Positive
     reanchor_m: Positive
@@ -126,16 +127,16 @@ class ArmSettings(_Part):
     def _comes_to_rest(self) -> ArmSettings:
         share = self.motion.headroom
         braking = max(
-            speed / acceleration
+            speed * share / (acceleration * self.motion.acceleration_share)
             for speed, acceleration in zip(
                 self.limits.joint_speed_rad_s, self.limits.joint_acceleration_rad_s2, strict=True
             )
         )
-        # Braking takes whole knots, and one more for the point that says "at rest".
-        needed = self.motion.lead_s + braking + 2 * self.motion.knot_s
+        # Braking takes whole knots.
+        needed = self.motion.lead_s + braking + self.motion.knot_s
         if needed > self.motion.horizon_s + 1e-9:
             raise ValueError(
-                f"braking from the highest joint speed takes {braking:.3f} s, with lead and knots {needed:.3f} s: more than "
+                f"braking from the highest planned joint speed takes {braking:.3f} s, with lead and a knot {needed:.3f} s: more than "
                 f"horizon_s {self.motion.horizon_s:g}; lower joint_speed_rad_s or lead_s, or raise the acceleration"
             )
         turned = max(self.limits.joint_speed_rad_s) * share * needed
