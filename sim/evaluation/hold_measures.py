@@ -16,7 +16,7 @@ import numpy as np
 
 from sim.evaluation.analysis.paired import cluster_bootstrap
 from sim.evaluation.analysis.shares import mcnemar, wilson
-from sim.evaluation.hold import OFF, HoldCondition
+from sim.evaluation.hold import FIXED, OFF, HoldCondition
 from sim.evaluation.statistics import Line
 
 BAND = 0.15
@@ -116,7 +116,8 @@ def best_fixed(found: Sequence[Outcome], conditions: Sequence[HoldCondition]) ->
 
 
 def summarise(found: Sequence[Outcome], conditions: Sequence[HoldCondition], unit: str, size: float) -> list[Line]:
-    """Lines of every condition, then each controller against the best fixed strength and each against unsteered.
+    """Lines of every condition, then each controller against the best fixed strength, and success: each condition against
+    unsteered, each controller against every fixed strength within its range.
 
     unit, size: what to show errors in, and its size in SI.
     """
@@ -132,6 +133,10 @@ def summarise(found: Sequence[Outcome], conditions: Sequence[HoldCondition], uni
     for condition in conditions:
         if condition.kind != OFF:
             lines += _success_against(found, condition.key, OFF)
+    for condition in conditions:
+        for other in conditions if condition.closed else ():
+            if other.kind == FIXED and other.scale == condition.scale:
+                lines += _success_against(found, condition.key, other.key)
     return lines
 
 

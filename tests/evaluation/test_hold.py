@@ -273,6 +273,8 @@ def test_summary_tells_each_condition_the_pairs_and_the_lost_episodes() -> None:
     lost = next(line for what, line in lines.items() if what.startswith("fixed-2-x2 against off"))
     assert "won 0, lost 7" in lost.what
     assert lost.value == pytest.approx(2 * 0.5**7)
+    assert any(what.startswith("pid-x2 against fixed-2-x2: pairs won 7, lost 0") for what in lines)
+    assert not any(what.startswith("pid-x2 against fixed-0.5") for what in lines)
     assert lines["off: error (RMSE)"].value == pytest.approx(4.0)
 
 
