@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from steer_runtime.errors import SteerError
-
-if TYPE_CHECKING:
-    from ros_nodes.recording.replay import Report
 
 EXIT_DIFFERS = 1
 
@@ -94,19 +91,12 @@ def replay(
     if as_json:
         print(json.dumps(asdict(report)))
     else:
-        _print(report)
+        style = "green" if report.reproduced else "red"
+        Console(soft_wrap=True).print(report.sentence, style=style, markup=False)
     if not report.same and not report.different:
         raise SteerError("nothing_compared", f"nothing of {file} could be compared: {report.sentence}")
     if not report.reproduced:
         raise typer.Exit(EXIT_DIFFERS)
-
-
-def _print(report: Report) -> None:
-    console = Console(soft_wrap=True)
-    style = "green" if report.reproduced else "red"
-    console.print(report.sentence, style=style, markup=False)
-    for line in report.remarks:
-        console.print(f"  {line}", markup=False)
 
 
 def _show(file: Path, as_json: bool) -> None:

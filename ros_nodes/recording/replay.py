@@ -290,6 +290,8 @@ class _Frames:
             description = description_from_msg(message)
             if description != self._description:
                 self._description, self._assembler = description, ObservationAssembler(description)
+                # The words of an inference are in its trace; when they came does not matter here.
+                self._assembler.instruction("")
             return
         if self._assembler is None:
             return
@@ -317,6 +319,4 @@ class _Frames:
                 return assembler.gripper(message)
             case ["eef_pose"]:
                 return assembler.pose(message)
-            case ["instruction"]:
-                return assembler.instruction(message.data)
         return None

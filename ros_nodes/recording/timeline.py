@@ -5,6 +5,7 @@ Invariant: nothing here imports ROS; what repeats is told once, with how often.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,23 +38,12 @@ def timeline(recording: Recording) -> Iterator[Event]:
         yield Event(teller.at(end_ns), "recording", "cut short: what came after is missing", "red")
 
 
-@dataclass
-class _Run:
-    """Chunks made one after the other under one steering."""
-
-    steering: tuple[int, int]
-    first: int
-    last: int
-    count: int
-    start_s: float
-    strengths: str
-
-
 class _Teller:
     def __init__(self, inside: str) -> None:
         self._inside = inside
         self._start_ns: int | None = None
-        self._run: _Run | None = None
+        self._steering: tuple[str, int, int] | None = None  # of the newest inference
+        self._inferences = 0
         self._seen: dict[str, Any] = {}
 
     def at(self, ns: int) -> float:
@@ -68,8 +58,7 @@ class _Teller:
             yield from tell(self.at(recorded.log_ns), recorded.message)
 
     def end(self, end_ns: int) -> Iterator[Event]:
-        yield from self._end_run()
-        yield Event(self.at(end_ns), "recording", "the last message")
+        yield Event(self.at(end_ns), "recording", f"the last message; {self._inferences} inferences in all")
 
     def _changed(self, key: str, value: Any) -> bool:
         changed = self._seen.get(key) != value
@@ -99,8 +88,10 @@ class _Teller:
         yield Event(at_s, "verdict", f"{m.source} {m.sequence}: {word} ({m.code}): {m.sentence}", style)
 
     def _on_estop(self, at_s: float, m: Any) -> Iterator[Event]:
-        if self._changed("estop", getattr(m, "data", True)):
-            yield Event(at_s, "stop", f"emergency stop: {getattr(m, 'data', True)}", "bold red")
+        stopped = bool(getattr(m, "data", True))
+        if self._changed("estop", stopped) and (stopped or self._seen.get("stopped once")):
+            self._seen["stopped once"] = True
+            yield Event(at_s, "stop", f"emergency stop {'pressed' if stopped else 'let go'}", "bold red")
 
     def _on_state(self, at_s: float, m: Any) -> Iterator[Event]:
         now = (m.instance_id, m.lifecycle, m.loop_state)
@@ -114,25 +105,16 @@ class _Teller:
                 yield Event(at_s, "alarm", alarm, "red")
 
     def _on_trace(self, at_s: float, m: Any) -> Iterator[Event]:
-        steering = (int(m.steering_epoch), int(m.steering_sequence))
-        run = self._run
-        if run is None or run.steering != steering or m.interrupted:
-            yield from self._end_run()
+        self._inferences += 1
+        steering = (m.instance_id, int(m.steering_epoch), int(m.steering_sequence))
+        if steering != self._steering:
+            self._steering = steering
             applied = ", ".join(f"{a.target} {a.strength:+.3f}" for a in m.applied) or "nothing steered"
-            cut = ", cut short by a stop" if m.interrupted else ""
-            self._run = run = _Run(steering, m.inference_id, m.inference_id, 0, at_s, f"{applied}{cut}")
-        run.last, run.count = m.inference_id, run.count + 1
-
-    def _end_run(self) -> Iterator[Event]:
-        run, self._run = self._run, None
-        if run is not None:
-            which = f"{run.first}" if run.first == run.last else f"{run.first} to {run.last}"
-            noun = "inference" if run.count == 1 else "inferences"
             yield Event(
-                run.start_s,
-                "inference",
-                f"{run.count} {noun} ({which}) under sequence {run.steering[1]}, first with {run.strengths}",
+                at_s, "inference", f"from {m.inference_id} on under sequence {steering[2]}, first with {applied}"
             )
+        if m.interrupted:
+            yield Event(at_s, "inference", f"{m.inference_id} was cut short by a stop", "yellow")
 
     def _on_episode(self, at_s: float, m: Any) -> Iterator[Event]:
         if self._changed("episode", (m.session_id, m.episode)):
@@ -146,6 +128,8 @@ class _Teller:
     def _on_diagnostics(self, at_s: float, m: Any) -> Iterator[Event]:
         for status in m.status:
             level = int(status.level)
-            if self._changed(f"diagnosis {status.name}", (level, status.message)) and level:
+            # Numbers in a sentence change; what it says does not.
+            said = re.sub(r"[0-9.]+", "", status.message)
+            if self._changed(f"diagnosis {status.name}", (level, said)) and level:
                 style = "yellow" if level == 1 else "red"
                 yield Event(at_s, LEVELS[min(level, 3)], f"{status.name}: {status.message}", style)
