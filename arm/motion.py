@@ -30,8 +30,11 @@ Mode = Literal["dry_run", "armed", "stopped"]
 
 _NEAR_RAD = 2e-4
 """A trajectory that ends so near its target is left to run out: a tenth of a millimetre at the TCP."""
-_STRAY_DECAY = 0.2
+_WANTED_RAD, _MOVED_RAD, _SLOW = 0.005, 0.002, 0.05
+"""An arm that is sent further than the first and has not turned by the second stands; below the third it may."""
 _GRIP_STEP = 0.01
+_REACH = 0.9
+"""Part of the speed limits at which a first point may be reached from the measured joints."""
 _TRIES = (1.0, 0.5, 0.25)
 """Parts of a step that are tried where links or the table come near, or where joints do not reach all of it."""
 
@@ -89,7 +92,7 @@ class MotionCore:
         self._opening: float | None = None
         self._gripped: float | None = None
         self._first = True
-        self._strayed = 0.0  # rows that found the arm elsewhere, fading with those that did not
+        self._stood: tuple[Joints, float] = (np.zeros(6), 0.0)  # where the arm has stood, and since when
         self._scaling = 1.0
 
     # -- orders -------------------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ class MotionCore:
                 self._stay_near(state)
             elif self._has_lost(state, now_s):
                 return
-            self._emit(self._planned(elapsed))
+            self._emit(self._planned(elapsed, state))
 
     def state(self) -> CoreState:
         """What the core is doing, at this moment."""
@@ -236,9 +239,7 @@ class MotionCore:
         off = np.linalg.norm(self.kinematics.pose(commanded).position - self.kinematics.pose(state.positions).position)
         if off > self.settings.motion.reanchor_m:
             self._limit("reanchored")
-            self._strayed += 1.0
             return state.positions.copy()
-        self._strayed = max(0.0, self._strayed - _STRAY_DECAY)
         return self._target
 
     def _wanted_step(self, row: NDArray[np.float64], base: Joints, scaling: float) -> tuple[Joints, Code | str]:
@@ -301,7 +302,7 @@ class MotionCore:
 
     # -- from the target to a trajectory ------------------------------------------------------------------------------
 
-    def _planned(self, elapsed_s: float) -> Stopping | None:
+    def _planned(self, elapsed_s: float, state: ArmState) -> Stopping | None:
         """The next trajectory, from where the controller is; None where the one under way ends on the target."""
         assert self._target is not None
         assert self._plan is not None
@@ -317,14 +318,38 @@ class MotionCore:
         velocity = towards(speed, wanted, acceleration, seconds)
         # What was slow enough a moment ago may be too fast at the joints of now.
         velocity = velocity * self._speeds.share(velocity, jacobian)[0]
-        plan = stopping(here, velocity, acceleration, motion)
+        plan = self._from_where_it_is(stopping(here, velocity, acceleration, motion), state)
         code = self._broken_on(plan)
         if code:
             self._limit(f"path_{code}")
             slower = towards(speed, np.zeros_like(speed), acceleration, seconds)
-            plan = stopping(here, slower, acceleration, motion)
+            plan = self._from_where_it_is(stopping(here, slower, acceleration, motion), state)
             self._target = plan.end.copy()
         return plan
+
+    def _from_where_it_is(self, plan: Stopping, state: ArmState) -> Stopping:
+        """The plan, nearer and slower where the arm has fallen behind what was believed.
+
+        Messages that came late, or not at all, leave the arm behind; its controller runs to the first point within the
+        lead all the same. So that point is no further from the measured joints than the limits allow in that time.
+        """
+        if self._mode != "armed" or not np.isfinite(state.positions).all():
+            return plan
+        limits, motion = self.settings.limits, self.settings.motion
+        first = plan.motion.positions[0]
+        gap = first - state.positions
+        pose = self.kinematics.pose
+        way = float(np.linalg.norm(pose(first).position - pose(state.positions).position))
+        excess = max(
+            float(np.max(np.abs(gap) / np.array(limits.joint_speed_rad_s))) / (_REACH * motion.lead_s),
+            way / (limits.tcp_speed_m_s * _REACH * motion.lead_s),
+        )
+        if excess <= 1.0:
+            return plan
+        self._limit("lagging")
+        velocity = plan.velocity / excess
+        start = state.positions + gap / excess - velocity * motion.lead_s
+        return stopping(start, velocity, self._speeds.joint_acceleration, motion)
 
     def _broken_on(self, plan: Stopping) -> Code:
         """The first limit that is broken half-way or at the end of a line that may cut a corner of the rows' path."""
@@ -353,7 +378,8 @@ class MotionCore:
         if self._moving():
             acceleration, motion = self._speeds.joint_acceleration, self.settings.motion
             slower = towards(speed, np.zeros_like(speed), acceleration, motion.tick_s)
-            self._emit(stopping(here, slower, acceleration, motion))
+            plan, state = stopping(here, slower, acceleration, motion), self._port.read()
+            self._emit(plan if state is None else self._from_where_it_is(plan, state))
 
     # -- watching the arm ---------------------------------------------------------------------------------------------
 
@@ -418,7 +444,7 @@ class MotionCore:
         way = float(
             np.linalg.norm(self.kinematics.pose(commanded).position - self.kinematics.pose(state.positions).position)
         )
-        if way <= motion.lost_m and turned <= motion.lost_rad and self._strayed <= motion.lost_rows:
+        if way <= motion.lost_m and turned <= motion.lost_rad and not self._stands(state, now_s):
             return False
         self.stop(
             "not_following",
@@ -426,6 +452,17 @@ class MotionCore:
             now_s,
         )
         return True
+
+    def _stands(self, state: ArmState, now_s: float) -> bool:
+        """Whether the arm has not moved for `lost_s` although it was sent elsewhere all the time."""
+        assert self._plan is not None
+        wanted = float(np.abs(self._plan.end - state.positions).max())
+        stood_at, since_s = self._stood
+        moved = float(np.abs(state.positions - stood_at).max())
+        if wanted < _WANTED_RAD or moved > _MOVED_RAD or state.speed_scaling < _SLOW:
+            self._stood = state.positions.copy(), now_s
+            return False
+        return now_s - since_s > self.settings.motion.lost_s
 
     def _stay_near(self, state: ArmState) -> None:
         """In the dry run the arm stays behind: once it is past the re-anchoring, show anew from where it is."""
@@ -439,7 +476,8 @@ class MotionCore:
     def _begin_at(self, state: ArmState, now_s: float) -> None:
         self._target = state.positions.copy()
         self._plan, self._progress_s, self._ticked_s = self._resting(state.positions), 0.0, now_s
-        self._first, self._limited, self._strayed = True, (), 0.0
+        self._first, self._limited = True, ()
+        self._stood = state.positions.copy(), now_s
         self._gripped = None
         self._scaling = state.speed_scaling
 

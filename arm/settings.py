@@ -93,7 +93,7 @@ class Motion(_Part):
     reanchor_m: Positive
     lost_m: Positive
     lost_rad: Positive
-    lost_rows: Positive
+    lost_s: Positive
     first_command_m: Positive
     first_command_rad: Positive
     state_timeout_s: Annotated[float, Field(gt=0, le=1)]
