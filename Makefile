@@ -25,9 +25,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(MESSAGES) scripts/system_packag
 	@touch $@
 
 POLICY ?= openvla
+ROBOT ?= libero
 
-demo: setup ## One steered LIBERO episode over ROS 2, then a report: out/demo/report.html (POLICY=pi0: of a Pi0)
-	$(BIN)/steer demo --policy $(POLICY)
+demo: setup ## One steered LIBERO episode over ROS 2, then a report: out/demo/report.html (POLICY=pi0: of a Pi0; ROBOT=ur5: out/demo-ur5)
+	$(BIN)/steer demo --policy $(POLICY) --robot $(ROBOT)
 
 reach: setup ## What the shipped policy can do, every row measured again (two hours): out/eval
 	$(BIN)/steer eval success pocket-libero --layouts official

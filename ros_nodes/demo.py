@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ros_nodes.demo_config import CommandSpec, DemoConfig, choose, read_config
+from ros_nodes.demo_config import CommandSpec, DemoConfig, Ur5DemoConfig, choose, config_named, read_config
 from ros_nodes.domain import free_domain
 from steer_runtime.errors import SteerError
 
@@ -39,6 +39,7 @@ START_S = 480.0
 STEP_S = 60.0
 """Limit for one inference and the control steps of its chunk, which take about a second."""
 EXIT_NOT_APPLIED = 1
+ROBOTS = ("libero", "ur5")
 
 
 def demo(
@@ -54,16 +55,27 @@ def demo(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report, the record and the logs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Control steps of the episode.", min=2, max=1000)] = None,
+    robot: Annotated[
+        str, typer.Option(help="libero (its Panda), or ur5: a simulated UR5e behind its driver's topics.")
+    ] = "libero",
 ) -> None:
     """Steer one real LIBERO episode over ROS 2 and write the evidence to report.html; exit code 1 if a command failed.
 
-    Examples:  steer demo  ·  steer demo --policy pi0  ·  steer demo --config configs/demo-untrained.yaml --out /tmp/demo
+    With --robot ur5 a simulated UR5e stands in the scene, and exceeding one of its limits is a failure as well.
+
+    Examples:  steer demo  ·  steer demo --policy pi0  ·  steer demo --robot ur5  ·
+    steer demo --config configs/demo-untrained.yaml --out /tmp/demo
     """
-    file, name = choose(config, policy)
+    if robot not in ROBOTS:
+        raise SteerError("unknown_robot", f"robot {robot!r} is not known: expected one of {', '.join(ROBOTS)}")
+    on_ur5 = robot == "ur5"
+    kind = Ur5DemoConfig if on_ur5 else DemoConfig
+    file, name = choose(config or (config_named("demo-ur5") if on_ur5 else None), policy, kind)
     given = (("out", out), ("steps", steps), ("policy", name))
     changes = {key: value for key, value in given if value is not None}
-    print(f"demo of {name} ({file})", file=sys.stderr)
-    report, faults = run_demo(read_config(file).changed(changes))
+    print(f"demo of {name} on {robot} ({file})", file=sys.stderr)
+    chosen = read_config(file, kind).changed(changes)
+    report, faults = run_ur5_demo(chosen) if isinstance(chosen, Ur5DemoConfig) else run_demo(chosen)
     print(f"report: {report}")
     if faults:
         print(f"the demo failed: {'; '.join(faults)}", file=sys.stderr)
@@ -75,6 +87,22 @@ def run_demo(config: DemoConfig) -> tuple[Path, tuple[str, ...]]:
 
     Raises SteerError when the robot, the policy or the answer to a command does not come.
     """
+    gl = _prepare(config)
+    with demo_progress() as progress:
+        return DemoRun(config, gl, progress).run()
+
+
+def run_ur5_demo(config: Ur5DemoConfig) -> tuple[Path, tuple[str, ...]]:
+    """The same on the simulated UR5e; a limit that was exceeded has a sentence, too."""
+    gl = _prepare(config)
+    from ros_nodes.demo_ur5 import Ur5DemoRun
+
+    with demo_progress() as progress:
+        return Ur5DemoRun(config, gl, progress).run()
+
+
+def _prepare(config: DemoConfig) -> str:
+    """Refuse what cannot run before anything starts. Returns how pictures are drawn."""
     # Discovery stays on this machine; set before ROS is loaded, which may start the interpreter anew.
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     try:
@@ -90,11 +118,10 @@ def run_demo(config: DemoConfig) -> tuple[Path, tuple[str, ...]]:
     gl = use_software_rendering()
     # Refuses a wrong task before anything starts.
     LiberoRobot(config.suite, config.task_id, config.init_state_index)
-    with _progress() as progress:
-        return _Run(config, gl, progress).run()
+    return gl
 
 
-class _Stages:
+class Stages:
     """One line of progress a stage, and how long each took (s)."""
 
     def __init__(self, progress: Progress) -> None:
@@ -112,7 +139,7 @@ class _Stages:
 
 
 @contextmanager
-def _progress() -> Iterator[_Stages]:
+def demo_progress() -> Iterator[Stages]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -121,13 +148,13 @@ def _progress() -> Iterator[_Stages]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield _Stages(bar)
+        yield Stages(bar)
 
 
-class _Run:
+class DemoRun:
     """The parts of one run, in the order in which they happen."""
 
-    def __init__(self, config: DemoConfig, gl: str, stages: _Stages) -> None:
+    def __init__(self, config: DemoConfig, gl: str, stages: Stages) -> None:
         self.config, self.gl, self.stages = config, gl, stages
         self.out = config.out.resolve()
         self.store = self.out / "directions"
@@ -245,9 +272,9 @@ class _Run:
                     f"no action came for {STEP_S:g} s after {recorder.commanded} control steps; see {self.out / 'logs'}",
                 )
             advance(min(recorder.commanded, self.config.steps))
-            for spec in [spec for spec in pending if recorder.end is None and _is_due(spec, recorder)]:
+            for spec in [spec for spec in pending if recorder.end is None and is_due(spec, recorder)]:
                 pending.remove(spec)
-                sent.append(_send(client, spec, recorder.commanded, directions, axes))
+                sent.append(send_command(client, spec, recorder.commanded, directions, axes))
         last = recorder.actions[self._inferences(recorder) - 1].observation_ns
         recorder.wait(lambda: recorder.end is not None or max(recorder.observations, default=0) > last, STEP_S)
         return sent, pending
@@ -306,7 +333,7 @@ class _Run:
         count = self._inferences(recorder)
         actions = recorder.actions[:count]
         inferences = {action.inference for action in actions}
-        trace = tuple(r for r in _read_trace(self.trace_path) if r["inference_id"] in inferences)
+        trace = tuple(r for r in read_trace(self.trace_path) if r["inference_id"] in inferences)
         observations = [recorder.observations[recorder.actions[i].observation_ns] for i in shown]
         executed = np.concatenate(recorder.chunks[:count])
         if recorder.end is not None:
@@ -325,7 +352,7 @@ class _Run:
             success=recorder.success,
             hold_steps=recorder.hold_steps,
             missing_frames=count - len(shown),
-            versions=_versions(self.gl),
+            versions=demo_versions(self.gl),
             directions=tuple(_steered_by(direction) for direction in directions),
             commands=outcomes(sent, actions, sorted(recorder.observations), trace),
             unsent=tuple(f"{spec.label} ({spec.moment})" for spec in unsent),
@@ -353,12 +380,12 @@ class _Run:
         )
 
 
-def _is_due(spec: CommandSpec, recorder: Recorder) -> bool:
+def is_due(spec: CommandSpec, recorder: Recorder) -> bool:
     begin = 0 if spec.since == "start" else recorder.grasped_at
     return begin is not None and recorder.commanded >= begin + spec.at
 
 
-def _send(
+def send_command(
     client: SteeringClient, spec: CommandSpec, step: int, directions: Sequence[Direction], axes: Sequence[Axis]
 ) -> SentCommand:
     from sim.outcomes import SentCommand
@@ -405,7 +432,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
-def _read_trace(path: Path) -> list[Mapping[str, Any]]:
+def read_trace(path: Path) -> list[Mapping[str, Any]]:
     if not path.is_file():
         raise SteerError("no_trace", f"the policy node wrote no trace to {path}; see its log")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -432,7 +459,7 @@ def _steered_by(direction: Direction) -> Any:
     )
 
 
-def _versions(gl: str) -> dict[str, str]:
+def demo_versions(gl: str) -> dict[str, str]:
     from sim.libero_robot import versions
 
     packages = ("steer-runtime", "torch", "transformers", "ros-rclpy")

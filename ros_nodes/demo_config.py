@@ -9,7 +9,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,9 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "pi0": ("pocket-pi0-libero", "pocket-pi0-untrained"),
 }
 """Kind of policy -> the trained pocket policy, and the untrained one that runs where its checkpoint is not installed."""
+
+
+Config = TypeVar("Config", bound="DemoConfig")
 
 
 class DirectionSpec(BaseModel):
@@ -128,10 +131,10 @@ class DemoConfig(BaseModel):
     axes: tuple[AxisSpec, ...] = ()
     commands: tuple[CommandSpec, ...]
 
-    def changed(self, values: Mapping[str, object]) -> DemoConfig:
+    def changed(self: Config, values: Mapping[str, object]) -> Config:
         """A checked copy with other values. Raises SteerError('bad_demo_config')."""
         try:
-            return DemoConfig.model_validate({**self.model_dump(by_alias=True), **values})
+            return type(self).model_validate({**self.model_dump(by_alias=True), **values})
         except ValidationError as error:
             raise SteerError(
                 "bad_demo_config", f"these options do not fit the demo: {error.errors()[0]['msg']}"
@@ -146,10 +149,22 @@ class DemoConfig(BaseModel):
         return self
 
 
-def read_config(path: Path) -> DemoConfig:
+class Ur5DemoConfig(DemoConfig):
+    """A file such as configs/demo-ur5.yaml: the same task with a simulated UR5e.
+
+    motion_scale: part of each action that is executed. camera_size: pixels. camera_hz: pictures a second.
+    """
+
+    out: Path = Path("out/demo-ur5")
+    motion_scale: float = Field(0.25, gt=0, le=1)
+    camera_size: int = Field(256, ge=16, le=1024)
+    camera_hz: float = Field(4.0, gt=0, le=60)
+
+
+def read_config(path: Path, kind: type[Config] = DemoConfig) -> Config:  # type: ignore[assignment]
     """Checked content of a demo file. Raises SteerError('bad_demo_config')."""
     try:
-        return DemoConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SteerError("bad_demo_config", f"{path} is not readable YAML ({error}); correct the file") from None
     except ValidationError as error:
@@ -158,14 +173,14 @@ def read_config(path: Path) -> DemoConfig:
         raise SteerError("bad_demo_config", f"{path}: {where}: {first['msg']}; correct the file") from None
 
 
-def choose(config: Path | None, policy: str | None) -> tuple[Path, str]:
-    """(demo file, policy) for what was asked for. policy: one of KINDS, a name of configs/policies or a YAML file.
+def choose(config: Path | None, policy: str | None, kind: type[DemoConfig] | None = None) -> tuple[Path, str]:
+    """(demo file, policy) for what was asked for. kind: of the demo file. policy: one of KINDS, a name of configs/policies or a YAML file.
 
     Without a file a trained policy gets configs/demo.yaml, one that builds itself configs/demo-untrained.yaml; without a
     policy the file's own is taken. Raises SteerError: 'no_demo_config', 'bad_demo_config', and for an unknown policy.
     """
     if policy is None and config is not None:
-        return config, read_config(config).policy
+        return config, read_config(config, kind or DemoConfig).policy
     name = policy or "openvla"
     if name in KINDS:
         trained, untrained = KINDS[name]

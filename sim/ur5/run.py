@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,8 +63,9 @@ class Phase:
 class ArmRun:
     """Times are seconds of the steady clock; clock_s is what has to be added to them to get the wall clock.
 
-    begin_s, end_s: armed so long. motion: the arm's log. peaks [13]: see sim.ur5.truth.Peaks. picture_s [P], agentview
-    and wrist uint8 [P, H, W, 3]. rows: control steps that the chunks were long.
+    begin_s, end_s: armed so long. motion: the arm's log. peaks [13]: see sim.ur5.truth.Peaks. picture_s [P] and, for each
+    camera, as many pictures uint8 [H, W, 3]. rows: control steps that the chunks were long. stops: after each of them the
+    bridge was armed again. lifted_m: how far the target was lifted.
     """
 
     policy: str
@@ -83,19 +84,19 @@ class ArmRun:
     peaks: np.ndarray
     motion: Motion
     picture_s: np.ndarray
-    agentview: np.ndarray
-    wrist: np.ndarray
+    pictures: Mapping[str, Sequence[np.ndarray]]
     lifted_m: float
     target: str
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """A sentence for each command that did not do what it should, each limit that was exceeded, each stop."""
+        """A sentence for each command that did not do what it should, and for each limit that was exceeded."""
         late = f"it was not sent: the run ended after {self.rows} control steps"
         found = [f"{command.label}: {command.fault}" for command in self.commands if command.fault is not None]
         found += [f"{label}: {late}" for label in self.unsent]
-        found += [f"the bridge stopped the arm ({stop.code}): {stop.sentence}" for stop in self.stops]
+        if not len(self.picture_s):
+            found.append("no picture of both cameras came while the arm moved")
         if self.peaks[12] > self.ceilings.tcp_speed:
             found.append(f"the TCP reached {self.peaks[12]:.3f} m/s: the limit is {self.ceilings.tcp_speed:g} m/s")
         for joint, (speed, limit) in enumerate(zip(self.peaks[:6], self.ceilings.joint_speed, strict=True)):
@@ -191,7 +192,7 @@ def speed_plot(run: ArmRun) -> bytes:
 def video_frames(run: ArmRun) -> Iterator[np.ndarray]:
     """What the cameras saw, with time, last command and TCP speed: uint8 RGB [H, W, 3], H and W even."""
     phases = run.phases()
-    for at, *pictures in zip(run.picture_s, run.agentview, run.wrist, strict=True):
+    for at, *pictures in zip(run.picture_s, run.pictures["agentview"], run.pictures["wrist"], strict=True):
         canvas = Image.new("RGB", (2 * VIEW, _HEAD + VIEW), _PAPER)
         for column, picture in enumerate(pictures):
             view = Image.fromarray(picture).resize((VIEW, VIEW), Image.Resampling.LANCZOS)

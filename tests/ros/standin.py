@@ -19,8 +19,8 @@ from ros_nodes.convert import time_from_ns
 from ros_nodes.qos import LATCHED, SENSOR
 from sim.ur5.names import CONTROLLERS, JOINTS, POSITION, TRAJECTORY, VELOCITY
 
-START_S = 120.0
-"""For the node and its arm to come up on a busy machine."""
+START_S = 300.0
+"""For nodes to come up on a busy machine."""
 _RELIABLE = QoSProfile(depth=10)
 
 
