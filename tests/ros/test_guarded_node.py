@@ -16,7 +16,8 @@ from ros_nodes.client import SteeringClient
 from ros_nodes.qos import VERDICT
 from steer_runtime.steering.command import SteeringCommand
 
-BOUND = 0.5
+BOUND = 0.2
+"""The tiny policy moves by more than that, steered or not."""
 
 
 @dataclass

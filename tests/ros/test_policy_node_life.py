@@ -31,7 +31,7 @@ from ros_nodes.policy_node import PolicyNode
 from steer_runtime.directions.store import DirectionStore
 from steer_runtime.errors import SteerError
 from steer_runtime.steering.command import SteeringCommand
-from steer_runtime.types import LIBERO_ACTION_SPACE
+from steer_runtime.types import LIBERO_ACTION_SPACE, ActionChunk, Observation
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -339,7 +339,12 @@ def test_actions_that_are_none_are_refused_held_and_recovered_from(
     assert node._loaded is not None
     policy = node._loaded.policy
     infer = policy.infer
-    monkeypatch.setattr(policy, "infer", lambda o: replace(infer(o), actions=spoil(infer(o).actions)))
+
+    def spoiled(observation: Observation) -> ActionChunk:
+        chunk = infer(observation)
+        return replace(chunk, actions=spoil(chunk.actions))
+
+    monkeypatch.setattr(policy, "infer", spoiled)
     stamp = driver.send()
     state = client.wait_state(lambda s: s.counters.get("bad_actions", 0) == 1)
     assert state.loop_state == "holding"
