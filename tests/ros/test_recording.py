@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from typing import Any
 import fabricate
 import numpy as np
 import pytest
+from diagnostic_msgs.msg import DiagnosticStatus
 from driver import NodeProcess, PolicyProcess, SensorDriver
+from std_msgs.msg import String
 from subjects_ros import make_direction
 
 from ros_nodes.client import SteeringClient
 from ros_nodes.convert import ns_from_time
+from ros_nodes.qos import SENSOR
 from ros_nodes.recording.definitions import definition_of, message_store
 from ros_nodes.recording.file import Recorded, Recording, RecordingWriter
 from ros_nodes.recording.replay import Replay, Report
@@ -323,3 +327,40 @@ def test_a_recorder_without_a_usable_file_says_why(tmp_path: Path, third_domain:
         assert recorder.process.wait(60.0) == 1
         assert "never overwritten" in recorder.log()
         assert "Traceback" not in recorder.log()
+
+
+def test_messages_that_are_lost_on_the_way_are_counted(tmp_path: Path, third_domain: int) -> None:
+    published = 4000
+    with (
+        RecorderProcess(tmp_path / "run.mcap", third_domain) as recorder,
+        SensorDriver(domain=third_domain) as driver,
+    ):
+        publisher = driver.node.create_publisher(String, "many", SENSOR)
+        driver.wait(lambda: publisher.get_subscription_count() == 1, PATIENCE_S, "the recorder")
+        publisher.publish(String(data="the first"))
+        recorder.wait(lambda recording: count(recording, "many") == 1)
+        recorder.process.send_signal(signal.SIGSTOP)
+        for i in range(published):
+            publisher.publish(String(data=f"{i}"))
+        recorder.process.send_signal(signal.SIGCONT)
+        told = driver.wait_diagnosis(
+            lambda s: s.name == "/steer/recorder: recording" and any(p.key == "missing /steer/many" for p in s.values),
+            timeout=PATIENCE_S,
+        )
+        assert told.level == DiagnosticStatus.WARN
+
+        def last_is_there(recording: Recording) -> bool:
+            """Once it is, everything before it is known to be recorded or lost."""
+            publisher.publish(String(data="the last"))
+            return count(recording, "many", lambda m: m.data == "the last") > 0
+
+        recorder.wait(last_is_there)
+        recorder.end()
+        told_at_the_end = recorder.log()
+    with Recording(tmp_path / "run.mcap") as recording:
+        ends = count(recording, "many", lambda m: m.data == "the last")
+        recorded = count(recording, "many") - ends - 1
+    found = re.search(r"(\d+) messages are missing", told_at_the_end)
+    assert found is not None
+    assert 0 < recorded < published
+    assert int(found[1]) == published - recorded
