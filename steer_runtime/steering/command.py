@@ -20,6 +20,8 @@ from steer_runtime.types import Role, SteeringStamp, span_bits
 CommandOp = Literal["set", "clear", "clear_all"]
 FLOAT32_MAX = 3.4028234663852886e38
 MAX_COUNTER = 2**63 - 1
+LEAST_SHARE = 1e-6
+"""Of a strength that is backed off: at none at all its target would end, and a repeated command begin anew."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class CommandDesk:
             start = entry.strength_at(now_s)
             if now_s > entry.expires_s or entry.over_at(now_s) or start == 0.0:
                 continue
-            goal = start * share
+            goal = start * max(share, LEAST_SHARE)
             self.active[target] = replace(
                 entry,
                 start=start,

@@ -281,3 +281,14 @@ def test_backing_off_leaves_releases_alone_and_scales_what_is_applied(time: Time
     assert strengths["speed"] == pytest.approx((0.1875, 0.1875, 0.1875))
     assert engine.state().counters["tested"] == 1
     assert engine.state().alarms == ("too far",)
+
+
+def test_what_is_backed_off_to_nothing_is_not_lifted_by_a_repetition(time: Time) -> None:
+    engine, sender = engine_at(time), Sender(time)
+    engine.apply(sender.set("up", 0.5, ramp_s=0.0))
+    time.now_s += 1.0
+    engine.back_off(0.0, "tested", "far too far")
+    time.now_s += 1.0
+    assert engine.apply(sender.set("up", 0.5, ramp_s=0.0)).code == "clamped"
+    time.now_s += 1.0
+    assert engine.state().active[0].strength < 1e-5
