@@ -271,6 +271,10 @@ class Ur5BridgeNode(LifecycleNodeMixin, RobotNode):
             if request.data:
                 self._require_alone(now)
                 self._configured.core.arm(now)
+                # Made before the arm was: nobody has seen what they lead to.
+                self._chunk = None
+                if self._queue is not None:
+                    self._queue.reset()
                 self.get_logger().warning("ARMED: actions move the arm")
             else:
                 self._configured.core.disarm(now)

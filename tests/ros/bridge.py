@@ -75,15 +75,15 @@ class BridgeClient(PolicyDriver):
 
     def arm(self, on: bool = True) -> SetBool.Response:
         """Answer of `~/arm`."""
-        return self._ask(SetBool, "ur5_bridge/arm", SetBool.Request(data=on))
+        return self.ask(SetBool, "ur5_bridge/arm", SetBool.Request(data=on))
 
     def must_arm(self) -> None:
         """Arm, once the arm has come to rest."""
-        self.wait(lambda: self.arm().success, PATIENCE_S, "the arming")
+        self.wait(lambda: self.arm().success, START_S, "the arming")
 
     def reset_estop(self) -> None:
         """Let go of the bridge's emergency stop."""
-        assert self._ask(Trigger, "ur5_bridge/reset_estop", Trigger.Request()).success
+        assert self.ask(Trigger, "ur5_bridge/reset_estop", Trigger.Request()).success
 
     def press(self) -> None:
         """The emergency stop, on its topic."""
@@ -93,10 +93,11 @@ class BridgeClient(PolicyDriver):
         """Send a chunk of equal rows that lasts so long."""
         self.act(np.repeat(row, round(20 * seconds), axis=0), **chunk)
 
-    def _ask(self, kind: Any, name: str, request: Any) -> Any:
+    def ask(self, kind: Any, name: str, request: Any) -> Any:
+        """Answer of a service."""
         client = self.node.create_client(kind, name)
         try:
-            self.wait(client.service_is_ready, what=name)
+            self.wait(client.service_is_ready, START_S, name)
             future = client.call_async(request)
             self.wait(future.done, what=f"the answer of {name}")
             return future.result()
