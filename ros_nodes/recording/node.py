@@ -22,6 +22,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
+from rclpy.subscription import Subscription
 from std_msgs.msg import String
 from steer_msgs.msg import (
     ActionChunk,
@@ -66,6 +67,8 @@ LATCHED = {
 }
 SENSED = {"gripper_command": GripperCommand}
 PICTURES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+TOLD_INFO = hasattr(Subscription, "CallbackType")
+"""From Iron on callbacks hear the sequence number of a message; before, gaps cannot be counted."""
 LEFT_OUT = ("parameter_events", "rosout")
 
 
@@ -223,7 +226,8 @@ class RecorderNode(Node):
             if described:
                 self._listen_to_robot(bytes(data))
 
-        self.create_subscription(kind, name, take, profile, raw=True)
+        callback = take if TOLD_INFO else lambda data: take(data, {})
+        self.create_subscription(kind, name, callback, profile, raw=True)
 
     @guarded
     def _listen_to_robot(self, data: bytes) -> None:

@@ -210,7 +210,9 @@ class Replay:
             self._reproduced[(trace.instance_id, trace.inference_id)] = again.tobytes()
             return
         self._counts["different"] += 1
-        self._first = self._first or _difference(trace, again)
+        found = _difference(trace, again)
+        if self._first is None or found.inference_id < self._first.inference_id:
+            self._first = found
 
     def _remark(self, line: str, warn: Callable[[str], None]) -> None:
         self._remarks.append(line)
@@ -259,21 +261,33 @@ def _provenance(recording: Recording) -> dict[str, Any]:
 def _inferences(
     recording: Recording, chunks: dict[tuple[str, int], bytes]
 ) -> Iterator[tuple[Observation | None, Traced]]:
-    """Every traced inference in order, with its observation, None where that was not recorded whole.
+    """Every traced inference with its observation; those whose frame was not recorded whole come last, with None.
 
     chunks: is filled with the actions that went out, by policy instance and inference.
     """
     frames = _Frames(recording.namespace)
+    # A trace may be heard before the last part of its frame: the two come over different topics.
+    waiting: dict[int, list[Traced]] = {}
     for recorded in recording.messages():
         name = recorded.topic.removeprefix(f"{recording.namespace.rstrip('/')}/")
         if name == "trace":
             trace = trace_from_msg(recorded.message)
-            yield frames.of(trace), trace
+            seen = frames.of(trace.observation_stamp_ns)
+            if seen is None:
+                waiting.setdefault(trace.observation_stamp_ns, []).append(trace)
+            else:
+                yield seen, trace
         elif name == "actions":
             key = (recorded.message.instance_id, int(recorded.message.inference_id))
             chunks[key] = np.asarray(recorded.message.data, dtype=np.float32).tobytes()
         else:
-            frames.take(name, recorded)
+            whole = frames.take(name, recorded)
+            if whole is not None:
+                for trace in waiting.pop(whole.stamp_ns, ()):
+                    yield whole, trace
+    for traces in waiting.values():
+        for trace in traces:
+            yield None, trace
 
 
 class _Frames:
@@ -284,7 +298,8 @@ class _Frames:
         self._description: RobotDescription | None = None
         self._whole: OrderedDict[int, Observation] = OrderedDict()
 
-    def take(self, name: str, recorded: Recorded) -> None:
+    def take(self, name: str, recorded: Recorded) -> Observation | None:
+        """Take a message; an observation when it completes one."""
         message = recorded.message
         if name == "robot_description":
             description = description_from_msg(message)
@@ -292,21 +307,22 @@ class _Frames:
                 self._description, self._assembler = description, ObservationAssembler(description)
                 # The words of an inference are in its trace; when they came does not matter here.
                 self._assembler.instruction("")
-            return
+            return None
         if self._assembler is None:
-            return
+            return None
         try:
             seen = self._put(self._assembler, name, message)
         except SteerError:
-            return  # the node has refused it too
+            return None  # the node has refused it too
         if seen is not None:
             self._whole[seen.stamp_ns] = seen
             while len(self._whole) > KEPT_FRAMES:
                 self._whole.popitem(last=False)
+        return seen
 
-    def of(self, trace: Traced) -> Observation | None:
-        """The observation that an inference saw."""
-        return self._whole.get(trace.observation_stamp_ns)
+    def of(self, stamp_ns: int) -> Observation | None:
+        """The observation of this stamp."""
+        return self._whole.get(stamp_ns)
 
     @staticmethod
     def _put(assembler: ObservationAssembler, name: str, message: Any) -> Observation | None:
