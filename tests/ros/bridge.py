@@ -82,7 +82,8 @@ class BridgeClient(PolicyDriver):
         self.wait(lambda: self.arm().success, START_S, "the arming")
 
     def reset_estop(self) -> None:
-        """Let go of the bridge's emergency stop."""
+        """Let go of the bridge's emergency stop; the latched message would stop the next bridge."""
+        self._estop.publish(Bool(data=False))
         assert self.ask(Trigger, "ur5_bridge/reset_estop", Trigger.Request()).success
 
     def press(self) -> None:
