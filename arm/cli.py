@@ -44,14 +44,17 @@ def register(main: typer.Typer) -> None:
 def state(host: Host, settings: Settings = "ur5e", as_json: AsJson = False) -> None:
     """What the arm measures, and whether the model of it agrees; starts and moves nothing."""
     from arm.kinematics import Kinematics
+    from arm.rtde import ask_box
     from arm.settings import load_settings
 
     limits = load_settings(settings)
+    box = ask_box(host)
     with _port(host, control=False) as port:
         now = _first_state(port)
         expected = Kinematics(limits).pose(now.positions).position
         off = float(((expected - now.tcp_position) ** 2).sum() ** 0.5)
     told = {
+        **vars(box),
         "positions_rad": now.positions.round(5).tolist(),
         "velocities_rad_s": now.velocities.round(5).tolist(),
         "tcp_m": now.tcp_position.round(5).tolist(),
@@ -61,6 +64,14 @@ def state(host: Host, settings: Settings = "ur5e", as_json: AsJson = False) -> N
         "model_agrees": off <= limits.motion.model_error_m,
     }
     _print(told, as_json)
+
+
+@app.command(epilog="Examples:  steer ur unlock 192.168.56.101")
+def unlock(host: Host, as_json: AsJson = False) -> None:
+    """Release a protective stop whose cause is gone. Starts no program and moves nothing."""
+    from arm import rtde
+
+    _print(vars(rtde.unlock(host)), as_json)
 
 
 @app.command(

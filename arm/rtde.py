@@ -15,7 +15,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,11 @@ PROGRAM_RUNNING = 1 << 1
 """Of robot_status_bits (RTDE guide)."""
 STOPPED = 0b111_1111_1100 & ~(1 << 3)
 """Of safety_status_bits: every stop, violation and fault; not the first two and recovery mode (RTDE guide)."""
+
+
+RELEASED = ("NORMAL", "REDUCED")
+RELEASE_S = 3.0
+"""In which a controller that has agreed releases a stop."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,77 @@ class _Running:
         return self._progress_s >= self._times[-1] + settling_s
 
 
+@dataclass(frozen=True)
+class Box:
+    """What the controller's dashboard says: modes as it words them, such as RUNNING and NORMAL."""
+
+    robot_mode: str
+    safety_status: str
+    program: str
+    remote_control: bool
+
+
+def ask_box(host: str) -> Box:
+    """What the controller says of itself. Raises SteerError('no_rtde' | 'no_arm')."""
+    with _dashboard(host) as dashboard:
+        return Box(
+            robot_mode=_answer(dashboard.robotmode()),
+            safety_status=_answer(dashboard.safetystatus()),
+            program=_answer(dashboard.programState()),
+            remote_control=dashboard.isInRemoteControl(),
+        )
+
+
+def unlock(host: str) -> Box:
+    """Release a protective stop, once its cause is gone; UR's controllers take that from five seconds after the stop on.
+
+    Starts no program and moves nothing. Raises SteerError('no_rtde' | 'no_arm' | 'still_stopped').
+    """
+    with _dashboard(host) as dashboard:
+        try:
+            dashboard.closeSafetyPopup()
+            dashboard.unlockProtectiveStop()
+        except RuntimeError as error:
+            raise _still_stopped(host, str(error)) from error
+    deadline = time.monotonic() + RELEASE_S
+    while (box := ask_box(host)).safety_status not in RELEASED:
+        if time.monotonic() > deadline:
+            raise _still_stopped(host, box.safety_status)
+        time.sleep(0.1)
+    return box
+
+
+def _still_stopped(host: str, why: str) -> SteerError:
+    return SteerError(
+        "still_stopped",
+        f"the controller at {host} does not release its stop ({why}): clear the cause, wait five seconds after the stop, and "
+        "see the pendant",
+    )
+
+
+@contextmanager
+def _dashboard(host: str) -> Iterator[Any]:
+    try:
+        from dashboard_client import DashboardClient
+    except ImportError as error:
+        raise _no_rtde(error) from error
+    client = DashboardClient(host)
+    try:
+        client.connect(2000)
+        yield client
+    except RuntimeError as error:
+        raise SteerError("no_arm", f"the dashboard of the controller at {host} does not answer: {error}") from error
+    finally:
+        if client.isConnected():
+            client.disconnect()
+
+
+def _answer(text: str) -> str:
+    """The part after the colon of an answer such as "Robotmode: RUNNING"; of "PLAYING name.urp" the first word."""
+    words = text.split(":", 1)[-1].split()
+    return words[0] if words else ""
+
+
 def in_base_link(pose: list[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Position [3] m and quaternion [4] (x, y, z, w) in base_link of the controller's pose [x, y, z, rx, ry, rz] in base.
 
@@ -291,7 +368,9 @@ def _interfaces() -> tuple[Any, Any]:
         from rtde_control import RTDEControlInterface
         from rtde_receive import RTDEReceiveInterface
     except ImportError as error:
-        raise SteerError(
-            "no_rtde", f"an arm without ROS needs ur-rtde ({error}); run `pip install 'steer-runtime[rtde]'`"
-        ) from error
+        raise _no_rtde(error) from error
     return RTDEReceiveInterface, RTDEControlInterface
+
+
+def _no_rtde(error: ImportError) -> SteerError:
+    return SteerError("no_rtde", f"an arm without ROS needs ur-rtde ({error}); run `pip install 'steer-runtime[rtde]'`")

@@ -58,6 +58,8 @@ class Controller:
     target: list[float] | None = None
     program: bool = False
     protective_stop: bool = False
+    cause: bool = False
+    """What stopped the arm is still there, so that the stop cannot be released."""
     slider: float = 1.0
     tcp: list[float] = field(default_factory=lambda: list(TCP))
     ready: int = 0
@@ -152,6 +154,8 @@ class Controller:
             if word == "protective_stop":
                 self.protective_stop = True
                 self.end_program("protective stop")
+            elif word in ("cause", "no_cause"):
+                self.cause = word == "cause"
             elif word == "unlock":
                 self.protective_stop = False
             elif word == "stop_program":
@@ -191,7 +195,6 @@ def serve_dashboard(controller: Controller, connection: socket.socket) -> None:
         "polyscopeversion": "URSoftware 5.11.1.108318 (Oct 01 2021)",
         "is in remote control": "true",
         "robotmode": "Robotmode: RUNNING",
-        "play": "Starting program",
         "get serial number": "20195599999",
         "get robot model": "UR5",
     }
@@ -203,10 +206,16 @@ def serve_dashboard(controller: Controller, connection: socket.socket) -> None:
                 controller.event(f"dashboard: {word}")
                 if word == "stop":
                     controller.end_program("dashboard")
-                elif word == "unlock protective stop":
+                elif word == "unlock protective stop" and not controller.cause:
                     controller.protective_stop = False
-                running = controller.program
-            answer = {"running": f"Program running: {str(running).lower()}", "stop": "Stopped"}.get(word)
+                running, stopped = controller.program, controller.protective_stop
+            answer = {
+                "running": f"Program running: {str(running).lower()}",
+                "programstate": "PLAYING steer.urp" if running else "STOPPED steer.urp",
+                "safetystatus": f"Safetystatus: {'PROTECTIVE_STOP' if stopped else 'NORMAL'}",
+                "stop": "Stopped",
+                "unlock protective stop": "Cannot unlock protective stop" if stopped else "Protective stop releasing",
+            }.get(word)
             connection.sendall((answer or answers.get(word, word)).encode() + b"\n")
 
 

@@ -61,8 +61,22 @@ def test_the_state_is_told_and_the_model_compared(fake: Fake) -> None:
     assert code == 0
     assert told["positions_rad"] == pytest.approx(HOME)
     assert told["model_agrees"]
+    assert (told["robot_mode"], told["safety_status"], told["program"]) == ("RUNNING", "NORMAL", "STOPPED")
+    assert told["remote_control"]
     fake.order("tcp=0.1,0.1,0.1,0,0,0")
     assert not steer("state", fake.address)[1]["model_agrees"]
+    assert fake.told()["scripts"] == 0
+
+
+def test_a_protective_stop_is_released_once_its_cause_is_gone(fake: Fake) -> None:
+    fake.order("protective_stop")
+    fake.order("cause")
+    assert steer("state", fake.address)[1]["safety_status"] == "PROTECTIVE_STOP"
+    result = CliRunner().invoke(app, ["unlock", fake.address])
+    assert "does not release its stop" in str(result.exception)
+    fake.order("no_cause")
+    code, told = steer("unlock", fake.address)
+    assert (code, told["safety_status"], told["program"]) == (0, "NORMAL", "STOPPED")
     assert fake.told()["scripts"] == 0
 
 
