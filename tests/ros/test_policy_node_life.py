@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticStatus
 from driver import PolicyProcess, SensorDriver
+from rclpy._rclpy_pybind11 import RCLError
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -121,7 +122,10 @@ def test_direction_that_is_not_for_this_model_is_refused_at_configure(
     write(DirectionStore(tmp_path), loaded_policy)
     with own_node(other_domain, policy=str(policy_yaml), direction_store=str(tmp_path)) as node:
         assert node.trigger_configure() == FAILURE
-        assert node.trigger_activate() != SUCCESS
+        # Some distributions raise for a transition that the present state does not have, others return.
+        with suppress(RCLError):
+            assert node.trigger_activate() != SUCCESS
+        assert node._lifecycle == "unconfigured"
     output = capfd.readouterr().err
     assert "cannot configure" in output
     assert said in output
