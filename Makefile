@@ -71,7 +71,7 @@ $(JAZZY)/.ready: $(VENV)/.ready constraints-jazzy.txt
 	@test -x $(JAZZY)/bin/python || $(BIN)/python -m venv $(JAZZY)
 	@$(JAZZY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-jazzy.txt $(addprefix ros-,$(ROS_WHEELS))
 	@source $(JAZZY)/bin/activate && PIP_CONSTRAINT=$(CURDIR)/constraints-jazzy.txt ros_nodes/steer_msgs/build.sh
-	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	@$(BIN)/python -c "import sysconfig; print('$(CURDIR)', sysconfig.get_path('purelib'), sep='\n')" \
 		> $$($(JAZZY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/after_jazzy.pth
 	@touch $@
 
