@@ -24,8 +24,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(MESSAGES) scripts/system_packag
 	@source $(BIN)/activate && PIP_CONSTRAINT=$(CURDIR)/constraints.txt ros_nodes/steer_msgs/build.sh
 	@touch $@
 
-POLICY ?= openvla
 ROBOT ?= libero
+POLICY ?= $(if $(filter ur5,$(ROBOT)),pocket-libero-ur5,openvla)
 
 demo: setup ## One steered LIBERO episode over ROS 2, then a report: out/demo/report.html (POLICY=pi0: of a Pi0; ROBOT=ur5: out/demo-ur5)
 	$(BIN)/steer demo --policy $(POLICY) --robot $(ROBOT)

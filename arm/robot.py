@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm.motion import MotionCore
 from arm.port import JOINT_NAMES, ArmPort, ArmState
@@ -28,7 +29,7 @@ class ArmFrame:
 
     images: camera name -> uint8 RGB [H, W, 3]; a camera that has nothing fresh is missing. joint_positions [8]: six
     joints (rad), two fingers (m, from the middle, the right one negative). eef_position [3] m, eef_quaternion [4]
-    (x, y, z, w): of the TCP in base_link. gripper_qpos [2]: the fingers.
+    (x, y, z, w): of the TCP in base_link, or as the StateFrame says. gripper_qpos [2]: the fingers.
     """
 
     images: Mapping[str, np.ndarray]
@@ -43,6 +44,33 @@ class ArmFrame:
     done: bool = False
 
 
+@dataclass(frozen=True)
+class StateFrame:
+    """How the state that a policy was trained with names the tool's pose; axes are parallel to base_link's.
+
+    offset_m [3]: where base_link is in the policy's frame. tool_yaw_rad: turn from the TCP's axes to those of the
+    policy's hand, about the TCP's z.
+    """
+
+    offset_m: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    tool_yaw_rad: float = 0.0
+
+    def pose(
+        self, position: NDArray[np.float64], quaternion: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Position [3] and quaternion [4] (x, y, z, w) in base_link -> the same of the policy: q q_z(yaw).
+
+        Of q and -q the one whose largest number is positive: a policy that reads axis times angle tells them apart.
+        """
+        x, y, z, w = quaternion
+        sine, cosine = np.sin(self.tool_yaw_rad / 2), np.cos(self.tool_yaw_rad / 2)
+        turned = np.array(
+            [x * cosine + y * sine, y * cosine - x * sine, z * cosine + w * sine, w * cosine - z * sine], np.float64
+        )
+        sign = 1.0 if turned[np.abs(turned).argmax()] > 0 else -1.0
+        return position + np.array(self.offset_m), sign * turned
+
+
 class ArmRobot:
     """See the module. cameras: the newest fresh pictures, by name."""
 
@@ -53,7 +81,9 @@ class ArmRobot:
         cameras: Callable[[], Mapping[str, np.ndarray]],
         instruction: str,
         clock: Callable[[], float] = time.monotonic,
+        state_frame: StateFrame = StateFrame(),
     ) -> None:
+        self._state_frame = state_frame
         self._core, self._port, self._cameras = core, port, cameras
         self._instruction, self._clock = instruction, clock
         self._step = 0
@@ -102,11 +132,12 @@ class ArmRobot:
     def _shown(self, state: ArmState, images: Mapping[str, np.ndarray]) -> ArmFrame:
         opening = 1.0 if state.gripper is None else state.gripper
         fingers = np.array([FINGER_M * opening, -FINGER_M * opening])
+        position, quaternion = self._state_frame.pose(state.tcp_position, state.tcp_quaternion)
         return ArmFrame(
             images=images,
             joint_positions=np.concatenate([state.positions, fingers]),
-            eef_position=state.tcp_position,
-            eef_quaternion=state.tcp_quaternion,
+            eef_position=position,
+            eef_quaternion=quaternion,
             gripper_qpos=fingers,
             instruction=self._instruction,
             step=self._step,

@@ -30,10 +30,12 @@ from ros_nodes.recorder import Recorder
 from sim.libero_robot import LiberoRobot
 from sim.outcomes import SentCommand, outcomes
 from sim.ur5 import run_report
+from sim.ur5.names import HAND_YAW_RAD, PANDA_BASE_M
 from sim.ur5.run import ArmRun, Ceilings, Stop
 from sim.ur5.truth import read_motion
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.errors import SteerError
+from steer_runtime.types import ActionSpace
 
 ARM_S = 60.0
 """Limit for arming: the arm has to stand still and its state has to be fresh."""
@@ -112,10 +114,11 @@ class Ur5DemoRun(DemoRun):
         config = self.config
         instruction = LiberoRobot(config.suite, config.task_id, config.init_state_index).instruction
         with Children(self.out / "logs", environment) as children:
-            self._start_arm(children, instruction, log)
+            self._start_arm(children, log)
             with self.stages.stage("loading policy, finding directions"):
                 policy = self._load_policy()
                 directions, axes = self._make_directions(policy)
+            self._start_bridge(children, instruction, policy.action_space)
             self._start_policy(children, directions)
             with (
                 ArmRecorder(config.camera_size, domain_id=self.domain_id) as recorder,
@@ -137,13 +140,29 @@ class Ur5DemoRun(DemoRun):
         with self.stages.stage("drawing video and plot"):
             run = self._record_arm(policy, instruction, recorder, sent, unsent, peaks, (begin_s, end_s), log)
             path = run_report.write(run, self.out)
+            # float32 [control steps, dims]: what the policy asked for.
+            np.save(self.out / "actions.npy", np.concatenate(recorder.chunks))
         return path, run.faults
 
-    def _start_arm(self, children: Children, instruction: str, log: Path) -> None:
+    def _start_arm(self, children: Children, log: Path) -> None:
         config = self.config
         scene = {"scene": config.suite, "task_id": config.task_id, "init_state_index": config.init_state_index}
         cameras = {"camera_size": config.camera_size, "camera_hz": config.camera_hz}
         children.start("standin", "ros_nodes.ur5_standin_node", {**scene, **cameras, "log": str(log)})
+
+    def _start_bridge(self, children: Children, instruction: str, space: ActionSpace) -> None:
+        config = self.config
+        declared = {
+            "action_kind": space.kind,
+            "action_rotation": space.rotation,
+            "action_frame": space.frame,
+            "action_dims": space.dims,
+            "position_scale_m": space.position_scale_m,
+            "rotation_scale_rad": space.rotation_scale_rad,
+            "rate_hz": space.rate_hz,
+            "gripper_open": space.gripper_open,
+            "gripper_close": space.gripper_close,
+        }
         limits = {
             "instruction": instruction,
             "motion_scale": config.motion_scale,
@@ -152,7 +171,15 @@ class Ur5DemoRun(DemoRun):
             "max_action_age_s": 10.0,
             "owner_timeout_s": STEP_S,
         }
-        children.start("bridge", "ros_nodes.ur5_bridge_node", limits)
+        # LIBERO's state is in its world, and its hand has other axes than the TCP.
+        x, y, z = PANDA_BASE_M
+        frame = {
+            "state_offset_x_m": x,
+            "state_offset_y_m": y,
+            "state_offset_z_m": z,
+            "state_tool_yaw_rad": HAND_YAW_RAD,
+        }
+        children.start("bridge", "ros_nodes.ur5_bridge_node", {**declared, **frame, **limits})
 
     def _arm(self, children: Children, client: SteeringClient, recorder: ArmRecorder) -> None:
         deadline = time.monotonic() + ARM_S

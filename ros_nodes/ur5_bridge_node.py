@@ -25,7 +25,7 @@ from trajectory_msgs.msg import JointTrajectory
 from arm.actions import ActionReader
 from arm.motion import CoreState, MotionCore
 from arm.port import JointMotion
-from arm.robot import ArmRobot
+from arm.robot import ArmRobot, StateFrame
 from arm.settings import ArmSettings, load_settings
 from arm.ticker import Ticker
 from ros_nodes.arm_cameras import ArmCameras, camera_topics
@@ -81,6 +81,14 @@ class BridgeParameters:
     rotation_scale_rad: float = parameter(0.5, "radians a step at action 1.0; of joints too", low=0.0, high=10.0)
     gripper_open: float = parameter(-1.0, "number that opens the gripper", low=-10.0, high=10.0)
     gripper_close: float = parameter(1.0, "number that closes it", low=-10.0, high=10.0)
+    state_offset_x_m: float = parameter(
+        0.0, "where base_link is in the frame of the policy's state", low=-10.0, high=10.0
+    )
+    state_offset_y_m: float = parameter(0.0, "the same, y", low=-10.0, high=10.0)
+    state_offset_z_m: float = parameter(0.0, "the same, z", low=-10.0, high=10.0)
+    state_tool_yaw_rad: float = parameter(
+        0.0, "turn from the TCP's axes to the hand's of the policy's state, about z", low=-6.3, high=6.3
+    )
     motion_scale: float = parameter(0.2, "part of each delta that is executed; 1.0 for joint_abs", low=0.001, high=1.0)
 
 
@@ -226,8 +234,15 @@ class Ur5BridgeNode(LifecycleNodeMixin, RobotNode):
     def _make_robot(self) -> Robot:
         configured = self._configured
         assert configured is not None
+        told = self._bridge
         configured.robot = ArmRobot(
-            configured.core, configured.driver, configured.cameras.fresh, self._bridge.instruction
+            configured.core,
+            configured.driver,
+            configured.cameras.fresh,
+            self._bridge.instruction,
+            state_frame=StateFrame(
+                (told.state_offset_x_m, told.state_offset_y_m, told.state_offset_z_m), told.state_tool_yaw_rad
+            ),
         )
         return configured.robot
 

@@ -12,7 +12,7 @@ import mujoco
 import numpy as np
 
 from sim.libero_robot import LiberoRobot
-from sim.ur5.names import JOINTS
+from sim.ur5.names import JOINTS, PANDA_BASE_M
 from sim.ur5.scene import HOME, PREFIX, TCP, Scene, View, WristCamera, attach_arm
 from steer_runtime.errors import SteerError
 
@@ -38,6 +38,8 @@ class _Start:
 def libero_scene(task_id: int = 0, init_state_index: int = 0, *, meshes: bool = True) -> Scene:
     """One task at one of its initial states. Raises SteerError for tasks and states that do not exist."""
     start = _start_of(task_id, init_state_index)
+    if not np.allclose(start.mount, PANDA_BASE_M, atol=1e-6):
+        raise SteerError("wrong_mount", f"the Panda stands at {start.mount} m: expected {PANDA_BASE_M}")
     spec = mujoco.MjSpec.from_string(start.xml)
     # Every actuator and sensor of these models is the Panda's.
     for element in [*spec.actuators, *spec.sensors]:

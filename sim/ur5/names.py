@@ -24,3 +24,7 @@ UNLOCK_DELAY_S = 5.0
 """A protective stop cannot be unlocked sooner (UR's dashboard server refuses)."""
 SCENES = ("table", "libero_object")
 """What can stand around the arm: sim.ur5.scenes builds it."""
+PANDA_BASE_M = (-0.6, 0.0, 0.0)
+"""Where LIBERO-Object's Panda, and so the UR5e's base_link, stands in its world; sim.ur5.libero refuses another place."""
+HAND_YAW_RAD = 1.5707963
+"""From the TCP's axes to those of the hand in LIBERO's states, about z."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -31,8 +32,9 @@ LoadedPolicy: TypeAlias = "OpenVLAPolicy | Pi0Policy"
 class OpenVLAFile(BaseModel):
     """A file of `configs/policies/`. checkpoint: a directory, absolute or relative to the file.
 
-    suite: whose action statistics to use. camera: name of the observation's image. build: how to make the pocket
-    checkpoint when its directory is not there; without it a missing checkpoint is refused.
+    suite: whose action statistics to use. camera: name of the observation's image. rate_hz: control steps a second on a
+    robot that takes more time for each than the one of training did. build: how to make the pocket checkpoint when its
+    directory is not there; without it a missing checkpoint is refused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +44,7 @@ class OpenVLAFile(BaseModel):
     checkpoint: Path
     suite: str
     camera: str = "agentview"
+    rate_hz: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
     dtype: DtypeName | None = None
     build: PocketSpec | None = None
 
@@ -143,9 +146,12 @@ def _load(
     spec: PolicyFile, path: Path, directory: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> LoadedPolicy:
     if isinstance(spec, OpenVLAFile):
-        return OpenVLAPolicy.from_checkpoint(
+        policy = OpenVLAPolicy.from_checkpoint(
             directory, spec.suite, name=spec.name, camera=spec.camera, dtype=dtype, device=device
         )
+        if spec.rate_hz is not None:
+            policy.action_space = replace(policy.action_space, rate_hz=spec.rate_hz)
+        return policy
 
     from steer_runtime.policies.pi0.policy import Pi0Policy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import fabricate
@@ -31,6 +32,15 @@ def test_a_file_loads_the_checkpoint_beside_it(tmp_path: Path) -> None:
     fabricate.save_tiny(tmp_path / "weights")
     policy = load_policy(_write(tmp_path / "mine.yaml"), dtype=torch.bfloat16)
     assert (policy.name, policy.unembedding.dtype, policy.trained) == ("mine", torch.bfloat16, False)
+
+
+def test_a_file_may_give_the_control_steps_more_time(tmp_path: Path) -> None:
+    fabricate.save_tiny(tmp_path / "weights")
+    usual = load_policy(_write(tmp_path / "mine.yaml")).action_space
+    slower = load_policy(_write(tmp_path / "mine.yaml", rate_hz=8)).action_space
+    assert slower == replace(usual, rate_hz=8.0)
+    with pytest.raises(SteerError, match="rate_hz"):
+        load_policy(_write(tmp_path / "mine.yaml", rate_hz=0))
 
 
 def test_what_the_load_left_aside_is_said(tmp_path: Path) -> None:
