@@ -12,17 +12,19 @@ import platform
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseStamped
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
 from rclpy.subscription import Subscription
+from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from steer_msgs.msg import (
     ActionChunk,
@@ -65,7 +67,7 @@ LATCHED = {
     "state": SteeringState,
     "episode": EpisodeStatus,
 }
-SENSED = {"gripper_command": GripperCommand}
+SENSED = {"gripper_command": GripperCommand, "joint_states": JointState, "eef_pose": PoseStamped}
 PICTURES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 TOLD_INFO = hasattr(Subscription, "CallbackType")
 """From Iron on callbacks hear the sequence number of a message; before, gaps cannot be counted."""
@@ -78,6 +80,10 @@ class RecorderParameters:
 
     path: str = parameter("", "file to write; it must not exist")
     frames: bool = parameter(True, "record pictures too: without them inferences cannot be run again")
+    cameras: tuple[str, ...] = parameter(
+        ("agentview", "wrist"),
+        "cameras to listen to before a robot has named its own: what it shows at once is not missed",
+    )
     topics: tuple[str, ...] = parameter((), "further topics, with their full names, beside those of the namespace")
     flush_period_s: float = parameter(
         1.0, "how often everything heard is put on disk, and so what a crash costs", low=0.05, high=60.0
@@ -127,6 +133,7 @@ class RecorderNode(Node):
                 self._listen(self._full(name), kind, reliable=True, latched=durability)
         for name, kind in SENSED.items():
             self._listen(self._full(name), kind, reliable=False, latched=False)
+        self._listen_to_cameras(settings.cameras)
         self._listen("/diagnostics", DiagnosticArray, reliable=True, latched=False)
         self._thread = threading.Thread(target=self._write, name="recording", daemon=True)
         self._thread.start()
@@ -231,16 +238,13 @@ class RecorderNode(Node):
 
     @guarded
     def _listen_to_robot(self, data: bytes) -> None:
-        """The sensors that a description names, before anybody has had time to look for them."""
-        from geometry_msgs.msg import PoseStamped
-        from sensor_msgs.msg import Image, JointState
+        """The cameras that a description names, before anybody has had time to look for them."""
+        self._listen_to_cameras(deserialize_message(data, RobotDescription).camera_names)
 
-        description = deserialize_message(data, RobotDescription)
-        sensors: dict[str, type] = {"joint_states": JointState, "eef_pose": PoseStamped}
+    def _listen_to_cameras(self, names: Sequence[str]) -> None:
         if self._settings.frames:
-            sensors |= {f"camera/{name}/image": Image for name in description.camera_names}
-        for name, kind in sensors.items():
-            self._listen(self._full(name), kind, reliable=False, latched=False)
+            for name in names:
+                self._listen(self._full(f"camera/{name}/image"), Image, reliable=False, latched=False)
 
     @guarded
     def _take(self, name: str, number: int, data: bytes, info: Mapping[str, Any]) -> None:

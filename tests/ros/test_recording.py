@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +68,22 @@ class RecorderProcess(NodeProcess):
         assert self.process.wait(20.0) == 0, self.log()
 
 
+class RecordVerb(RecorderProcess):
+    """`steer record` as typed by a user."""
+
+    def __init__(self, path: Path, domain: int, *options: str) -> None:
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        self.path = path
+        program = "from steer_runtime.cli.main import main; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, "record", str(path), "--flush", "0.1", *options],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "ROS_DOMAIN_ID": str(domain)},
+        )
+
+
 def count(recording: Recording, topic: str, wanted: Callable[[Any], bool] = lambda message: True) -> int:
     return sum(wanted(m.message) for m in recording.messages(frozenset({f"/steer/{topic}"})))
 
@@ -93,7 +111,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, policy_yaml: Path, direction_s
     with (
         RecorderProcess(paths["whole"], domain) as whole,
         RecorderProcess(paths["killed"], domain) as killed,
-        RecorderProcess(paths["slim"], domain, frames=False) as slim,
+        RecordVerb(paths["slim"], domain, "--no-frames") as slim,
         RecorderProcess(paths["full"], domain) as full,
         PolicyProcess(policy_yaml, direction_store, domain=domain) as policy,
         SensorDriver(domain=domain) as watcher,
@@ -203,7 +221,8 @@ def test_a_killed_recorder_leaves_what_it_had_flushed(run: Run) -> None:
     report = replayed(run.killed)
     assert report.reproduced, report.sentence
     assert report.same >= 3
-    assert report.no_frame == before_the_first_frame(run.killed)
+    # The newest frame may not have been on disk in full.
+    assert report.no_frame - before_the_first_frame(run.killed) in (0, 1)
     assert "cut short" in report.remarks[0]
 
 
@@ -249,26 +268,26 @@ def changed(path: Path, out: Path, change: Callable[[Recorded], None], *, until:
 
 def test_the_first_difference_is_named_and_is_the_exit_code(run: Run, tmp_path: Path) -> None:
     seen: list[int] = []
+    start = before_the_first_frame(run.whole)
 
     def change(recorded: Recorded) -> None:
         if recorded.topic == "/steer/trace":
             seen.append(recorded.message.inference_id)
-            if len(seen) in (4, 6):
+            if len(seen) in (start + 4, start + 6):
                 data = recorded.message.data.copy()
                 data[3] = np.nextafter(data[3], np.float32(2.0))
                 recorded.message.data = data
 
-    path = changed(run.whole, tmp_path / "changed.mcap", change, until=8)
+    path = changed(run.whole, tmp_path / "changed.mcap", change, until=start + 8)
     report = replayed(path)
     assert not report.reproduced
     assert report.different == 2
     assert report.first is not None
-    assert (report.first.inference_id, report.first.row, report.first.number) == (seen[3], 0, 3)
-    command = [sys.executable, "-m", "steer_runtime.cli.main"]
-    steer = [*command[:1], "-c", "from steer_runtime.cli.main import main; main()", "replay", str(path), "--json"]
+    assert (report.first.inference_id, report.first.row, report.first.number) == (seen[start + 3], 0, 3)
+    steer = [sys.executable, "-c", "from steer_runtime.cli.main import main; main()", "replay", str(path), "--json"]
     done = subprocess.run(steer, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1, done.stderr
-    assert json.loads(done.stdout)["first"]["inference_id"] == seen[3]
+    assert json.loads(done.stdout)["first"]["inference_id"] == seen[start + 3]
 
 
 def test_a_strength_other_than_recorded_comes_out_otherwise(run: Run, tmp_path: Path) -> None:
@@ -279,7 +298,8 @@ def test_a_strength_other_than_recorded_comes_out_otherwise(run: Run, tmp_path: 
 
     with Recording(run.whole) as recording:
         steered = [bool(m.message.applied) for m in recording.messages(frozenset({"/steer/trace"}))].index(True)
-    report = replayed(changed(run.whole, tmp_path / "weaker.mcap", change, until=steered + 8))
+    until = max(steered, before_the_first_frame(run.whole)) + 8
+    report = replayed(changed(run.whole, tmp_path / "weaker.mcap", change, until=until))
     assert report.different > 0
 
 
