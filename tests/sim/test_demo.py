@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ros_nodes.children import Children
-from ros_nodes.demo_config import choose, config_named, read_config
+from ros_nodes.demo_config import Ur5DemoConfig, choose, config_named, read_config
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.registry import policy_configs
 
@@ -197,3 +198,31 @@ def test_demo_fails_when_a_command_does_nothing(tmp_path: Path) -> None:
     assert "nowhere +0.5: it was refused (unknown_direction)" in result.stderr
     assert "hurry +0: the engine's trace shows no write for it" in result.stderr
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1200)
+def test_demo_on_the_ur5_steers_it_within_its_limits(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    code = "import typer\nfrom ros_nodes.demo import demo\ntyper.run(demo)"
+    options = ["--robot", "ur5", "--out", str(out)]
+    result = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=1150)
+    told = json.loads((out / "summary.json").read_text())
+    assert told["peak_tcp_speed_m_s"] <= told["ceilings"]["tcp_speed"]
+    assert max(told["peak_joint_speed_rad_s"]) <= max(told["ceilings"]["joint_speed"])
+    assert sum(phase["distance"] for phase in told["phases"]) > 0.05
+    # A machine that starves the stand-in for a quarter of a second makes the bridge stop; too many stops end the run.
+    if len(told["stops"]) <= 10:
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert [phase["label"] for phase in told["phases"]] == ["not steered", "speed -1", "speed +1", "clear speed"]
+    assert {"report.html", "demo.mp4", "tcp_speed.png"} <= {file.name for file in out.iterdir()}
+
+
+def test_file_of_the_ur5_steers_pace_both_ways_and_names_a_policy_that_is_there() -> None:
+    config = read_config(config_named("demo-ur5"), Ur5DemoConfig)
+    assert config.policy in policy_configs()
+    assert [c.strength for c in config.commands if c.set_ == "speed"] == [-1.0, 1.0]
+    assert any(c.expect == "refused" for c in config.commands)
+    assert choose(config_named("demo-ur5"), None, Ur5DemoConfig) == (config_named("demo-ur5"), config.policy)
+    with pytest.raises(SteerError, match="motion_scale"):
+        read_config(config_named("demo-ur5"))
