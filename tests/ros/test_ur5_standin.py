@@ -178,6 +178,7 @@ def test_pictures_of_both_cameras_share_their_stamp(third_domain: int) -> None:
             assert np.frombuffer(message.data, np.uint8).std() > 10
 
 
+@pytest.mark.fault(33)
 def test_when_the_driver_is_killed_the_arm_brakes_and_keeps_its_log(third_domain: int, tmp_path: Path) -> None:
     log = tmp_path / "motion.npz"
     with StandinProcess(third_domain, log=str(log)) as process, UrClient(third_domain) as ur:
