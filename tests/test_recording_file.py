@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mcap.reader import make_reader
+from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_typestore
 
 from ros_nodes.recording.definitions import definition_of, message_store
@@ -51,6 +53,19 @@ def test_what_is_recorded_comes_back(tmp_path: Path) -> None:
         assert [recorded.log_ns for recorded in found] == list(range(1_000, 1_010))
         assert {recorded.topic for recorded in found} == {"/steer/instruction"}
         assert list(recording.messages(frozenset({"/steer/command"}))) == []
+
+
+def test_other_readers_of_the_format_read_the_same(tmp_path: Path) -> None:
+    texts = [f"message {i}" for i in range(10)]
+    write(tmp_path / "run.mcap", texts)
+    with Reader(tmp_path / "run.mcap") as reader:
+        found = [(c.topic, t, STORE.deserialize_cdr(data, c.msgtype).data) for c, t, data in reader.messages()]
+    assert found == [("/steer/instruction", 1_000 + i, text) for i, text in enumerate(texts)]
+    with (tmp_path / "run.mcap").open("rb") as file:
+        summary = make_reader(file).get_summary()
+    assert summary is not None
+    assert summary.statistics is not None
+    assert summary.statistics.message_count == 10
 
 
 def test_our_messages_are_known_with_all_that_they_contain() -> None:
