@@ -8,16 +8,12 @@ by 180 degrees about z; the turn is taken out here, once.
 from __future__ import annotations
 
 import mujoco
-import numpy as np
 
 from arm.port import JOINT_NAMES
 from arm.settings import ArmSettings
 
 TABLE = "table"
 TCP = "tcp"
-HOME = np.array([-1.5708, -1.5708, 1.5708, -1.5708, -1.5708, 0.0])
-"""[6] rad: gripper down, in front of the base's right side; Menagerie's home."""
-
 # Of ROS's ur_description (its D-H parameters), which Menagerie rounds; a body's place in its parent, m.
 _LINKS: dict[str, dict[str, tuple[float, float, float]]] = {
     "ur5e": {

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from driver import PATIENCE_S, NodeProcess, PolicyDriver
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
 from sensor_msgs.msg import Image
 from standin import START_S
 from std_msgs.msg import Bool, String
@@ -85,6 +87,11 @@ class BridgeClient(PolicyDriver):
         """Let go of the bridge's emergency stop; the latched message would stop the next bridge."""
         self._estop.publish(Bool(data=False))
         assert self.ask(Trigger, "ur5_bridge/reset_estop", Trigger.Request()).success
+
+    def change(self, transition: int) -> None:
+        """A transition of the bridge's lifecycle."""
+        request = ChangeState.Request(transition=Transition(id=transition))
+        assert self.ask(ChangeState, "ur5_bridge/change_state", request).success
 
     def press(self) -> None:
         """The emergency stop, on its topic."""

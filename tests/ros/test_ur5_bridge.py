@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
+import rclpy
 from bridge import FORWARD, BridgeClient, BridgeProcess
+from lifecycle_msgs.msg import Transition
+from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.signals import SignalHandlerOptions
 from standin import START_S, StandinProcess, UrClient
 
 from arm.port import JOINT_NAMES
 from arm.settings import load_settings
 from ros_nodes.convert import ns_from_time
+from ros_nodes.ur5_bridge_node import Ur5BridgeNode
 from steer_runtime.types import LIBERO_ACTION_SPACE
 
+SUCCESS = TransitionCallbackReturn.SUCCESS
 SETTINGS = load_settings()
 HORIZON_S = SETTINGS.motion.horizon_s
 GRACE_S = 0.15
@@ -85,8 +95,13 @@ def moving(bridge: BridgeClient, ur: UrClient, seconds: float = 4.0) -> None:
         )
         if bridge.state()["mode"] == "armed":
             return
-        assert bridge.state()["code"] in ("state_silent", "not_following"), bridge.state()
+        assert_still_armed(bridge.state())
     raise AssertionError("the arm was never under way: the machine is too busy")
+
+
+def assert_still_armed(state: dict[str, Any]) -> None:
+    """Unless the machine was too busy for the driver's messages, which stops the arm as it should."""
+    assert state["mode"] == "armed" or state["code"] in ("state_silent", "not_following"), state
 
 
 def wait_over(bridge: BridgeClient) -> None:
@@ -138,15 +153,19 @@ def test_in_the_dry_run_actions_are_planned_and_never_sent(bridge: BridgeClient,
 
 
 def test_armed_it_moves_as_told_within_every_limit(bridge: BridgeClient, ur: UrClient) -> None:
-    before = bridge.frames[-1][1].pose.position.y
+    begin, rows = bridge.frames[-1][1].pose.position, bridge.state()["counters"].get("rows", 0)
     moving(bridge, ur, seconds=1.5)
     wait_over(bridge)
     ur.wait_rest()
-    # 30 rows of a hundredth of a metre.
-    bridge.wait(lambda: bridge.frames[-1][1].pose.position.y - before > 0.2, what="the way")
-    assert bridge.frames[-1][1].pose.position.y - before == pytest.approx(0.3, abs=0.05)
+    count, told = len(bridge.frames), len(bridge.told)
+    bridge.wait(lambda: len(bridge.frames) > count + 2 and len(bridge.told) > told + 1, what="a frame and a state")
+    end, state = bridge.frames[-1][1].pose.position, bridge.state()
+    # A row is a hundredth of a metre to the left; where messages came late the arm was slower.
+    asked_m = 0.01 * (state["counters"]["rows"] - rows)
+    assert 0.03 < end.y - begin.y < asked_m + 0.02
+    assert (end.x, end.z) == pytest.approx((begin.x, begin.z), abs=0.01)
     assert_limits_kept(ur)
-    assert bridge.state()["mode"] == "armed"
+    assert_still_armed(state)
 
 
 @pytest.mark.fault(28)
@@ -219,12 +238,57 @@ def test_the_emergency_stop_rests_the_arm_within_the_horizon_and_only_its_servic
     bridge.must_arm()
 
 
+@pytest.mark.fault(33)
+def test_deactivated_in_motion_the_arm_rests_and_the_arming_is_gone(bridge: BridgeClient, ur: UrClient) -> None:
+    moving(bridge, ur)
+    asked = time.monotonic()
+    bridge.change(Transition.TRANSITION_DEACTIVATE)
+    assert rest_after(ur, asked) < HORIZON_S + GRACE_S
+    assert bridge.wait_state(lifecycle="inactive")["mode"] == "dry_run"
+    bridge.change(Transition.TRANSITION_ACTIVATE)
+    count = len(bridge.frames)
+    bridge.wait(lambda: len(bridge.frames) > count + 2, what="frames")
+    assert bridge.state()["mode"] == "dry_run"
+
+
+@pytest.mark.fault(34)
+def test_a_thousand_activations_leave_no_thread_topic_or_timer_behind(other_domain: int) -> None:
+    context = rclpy.Context()
+    rclpy.init(context=context, domain_id=other_domain, signal_handler_options=SignalHandlerOptions.NO)
+    node = Ur5BridgeNode(context=context, parameter_overrides=[Parameter("autostart", value=False)])
+
+    def kept() -> tuple[int, ...]:
+        gc.collect()
+        topics = (node.subscriptions, node.publishers, node.timers, node.services)
+        return threading.active_count(), *(len(list(kind)) for kind in topics)
+
+    def cycle(count: int) -> None:
+        for _ in range(count):
+            assert node.trigger_activate() == SUCCESS
+            assert node.trigger_deactivate() == SUCCESS
+
+    try:
+        assert node.trigger_configure() == SUCCESS
+        cycle(5)
+        before = kept()
+        cycle(995)
+        assert kept() == before
+        for _ in range(20):
+            assert node.trigger_cleanup() == SUCCESS
+            assert node.trigger_configure() == SUCCESS
+        assert kept() == before
+    finally:
+        node.close()
+        node.destroy_node()
+        context.try_shutdown()
+
+
 @pytest.mark.fault(19)
 def test_when_actions_end_the_arm_comes_to_rest(bridge: BridgeClient, ur: UrClient) -> None:
     moving(bridge, ur, seconds=1.0)
     wait_over(bridge)
     assert rest_after(ur, time.monotonic()) < HORIZON_S + GRACE_S
-    assert bridge.state()["mode"] == "armed"
+    assert_still_armed(bridge.state())
 
 
 @pytest.mark.fault(24)
