@@ -10,10 +10,15 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from bridge import BridgeClient, BridgeProcess
-from driver import PATIENCE_S, PolicyProcess
+from driver import PolicyProcess
 from standin import START_S, StandinProcess, UrClient
 
+from ros_nodes.convert import image_to_msg
+
+_PICTURE_S = 1.5
+_PICTURES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
 _STREAM = """
 import os
 from ros_nodes.client import SteeringClient
@@ -26,8 +31,18 @@ with SteeringClient(source="commander", domain_id={domain}) as client:
 """
 
 
+class Onlooker(BridgeClient):
+    """Shows the same picture for a while, then another: what a random policy makes of one is a motion that goes on."""
+
+    def _film(self) -> None:
+        stamp = self.node.get_clock().now().to_msg()
+        picture = _PICTURES[int(time.monotonic() / _PICTURE_S) % len(_PICTURES)]
+        for name in tuple(self.filming):
+            self._films[name].publish(image_to_msg(picture, stamp, name))
+
+
 class ArmRig:
-    """Use it as a context manager. ur: the driver's topics. watch: the bridge's, with cameras of noise.
+    """Use it as a context manager. ur: the driver's topics. watch: the bridge's, and the cameras.
 
     log: what the arm really did (sim.ur5.truth.read_motion), complete once the driver has ended or died.
     """
@@ -44,7 +59,7 @@ class ArmRig:
             self.start_bridge()
             self.start_policy()
             self.ur = enter(UrClient(self.domain))
-            self.watch = enter(BridgeClient(self.domain))
+            self.watch = enter(Onlooker(self.domain))
             self.ur.wait_up()
             self.watch.wait_acting()
             self._stack = self._stack.pop_all()
@@ -57,12 +72,14 @@ class ArmRig:
 
     def start_bridge(self) -> None:
         """Start the bridge, again after it was killed."""
-        self.bridge = self._stack.enter_context(BridgeProcess(self.domain))
+        self.bridge = self._stack.enter_context(BridgeProcess(self.domain, motion_scale=0.25))
 
     def start_policy(self) -> None:
         """Start the policy node, again after it was killed."""
         self.policy = self._stack.enter_context(
-            PolicyProcess(self._policy, self._store, domain=self.domain, observation_timeout_s=1.0)
+            PolicyProcess(
+                self._policy, self._store, domain=self.domain, observation_timeout_s=1.0, freeze_timeout_s=0.0
+            )
         )
 
     def start_commander(self, target: str) -> subprocess.Popen[str]:
@@ -79,18 +96,17 @@ class ArmRig:
         assert process.stdout.readline() == "streaming\n"
         return process
 
-    def wait_moving(self, speed: float = 0.03) -> None:
-        """Arm it, unless it is, and wait until the policy moves a joint faster than this, rad/s."""
+    def wait_moving(self, speed: float = 0.02) -> None:
+        """Arm it, again where a busy machine had the bridge stop, until the policy moves a joint faster than this, rad/s."""
         began_s = time.monotonic()
 
-        def acting() -> bool:
-            """Whether a row of a chunk was executed since the call."""
+        def moving() -> bool:
+            """In a step since the call that executes a row."""
             at, status = self.watch.episodes[-1] if self.watch.episodes else (0.0, None)
-            return status is not None and at > began_s and status.held == ""
+            acting = status is not None and at > began_s and status.held == ""
+            return acting and self._armed() and np.abs(self.ur.velocities).max() > speed
 
-        self.watch.wait(acting, START_S, "a step that executes a row")
-        self.watch.wait(self._armed, PATIENCE_S * 3, f"the arming (now {self.watch.state()})")
-        self.ur.wait_moving(speed, START_S)
+        self.watch.wait(moving, START_S, "an arm that moves by the policy's rows")
 
     def _armed(self) -> bool:
         newest = json.loads(self.watch.told[-1][1].data) if self.watch.told else {}
