@@ -179,6 +179,10 @@ class MotionCore:
                 self._stay_near(state)
             elif self._has_lost(state, now_s):
                 return
+            elif now_s - state.stamp_s > self.settings.motion.fresh_s:
+                # What is under way ends at rest; a machine that lets the state grow old delays what is sent as well.
+                self._limit("old_state")
+                return
             self._emit(self._planned(elapsed, state))
 
     def state(self) -> CoreState:
@@ -314,7 +318,8 @@ class MotionCore:
         wanted = approach(way, acceleration, motion)
         jacobian = self.kinematics.jacobian(here)
         wanted = wanted * self._speeds.share(wanted, jacobian)[0]
-        seconds = min(max(elapsed_s, 0.0), motion.tick_s)
+        # A braking that was left to run may have changed its speed only just now.
+        seconds = min(max(elapsed_s, 0.0), motion.tick_s, self._plan.since_step(self._progress_s))
         velocity = towards(speed, wanted, acceleration, seconds)
         # What was slow enough a moment ago may be too fast at the joints of now.
         velocity = velocity * self._speeds.share(velocity, jacobian)[0]

@@ -96,6 +96,7 @@ class Motion(_Part):
     lost_s: Positive
     first_command_m: Positive
     first_command_rad: Positive
+    fresh_s: Annotated[float, Field(gt=0, le=0.2)]
     state_timeout_s: Annotated[float, Field(gt=0, le=1)]
     rest_rad_s: Positive
     model_error_m: Positive

@@ -39,6 +39,11 @@ class Stopping:
         speed = (points[index] - begin) / (times[index] - begin_s)
         return begin + speed * (max(seconds, 0.0) - begin_s), speed
 
+    def since_step(self, seconds: float) -> float:
+        """How long ago the speed last changed, so long after it began."""
+        steps = self.motion.times_s[self.motion.times_s <= seconds]
+        return seconds - float(steps[-1]) if len(steps) else seconds
+
 
 def stopping(start: Joints, velocity: Joints, acceleration: Joints, motion: Motion) -> Stopping:
     """On from `start` at `velocity` for the lead, then by equal steps of speed to rest.

@@ -143,6 +143,20 @@ def test_an_emergency_stop_brakes_within_the_horizon_and_holds_until_reset_and_a
     assert bench.core.state().mode == "armed"
 
 
+@pytest.mark.fault(28)
+def test_with_an_old_state_nothing_new_is_sent_and_the_arm_rests() -> None:
+    bench = _moving(Bench())
+    bench.arm.silent = True
+    bench.arm.advance(SETTINGS.motion.fresh_s)
+    sent = len(bench.arm.sent)
+    bench.tick(5)
+    assert len(bench.arm.sent) == sent
+    assert "old_state" in bench.core.state().limited_by
+    assert bench.core.state().mode == "armed"
+    bench.arm.advance(SETTINGS.motion.horizon_s)
+    assert np.abs(bench.arm.velocities).max() == 0.0
+
+
 @pytest.mark.fault(33)
 def test_disarming_in_motion_brakes_within_the_horizon() -> None:
     bench = _moving(Bench())

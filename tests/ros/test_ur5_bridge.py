@@ -110,11 +110,13 @@ def wait_over(bridge: BridgeClient) -> None:
 
 
 def rest_after(ur: UrClient, since_s: float) -> float:
-    """Seconds from a moment of the steady clock to the last joint state in which the arm still moved."""
+    """Seconds from a moment of the steady clock to the last joint state in which the arm still moved, by its own stamps."""
     ur.wait(lambda: ur.joints[-1][0] > since_s + 1.0, what="a second of joint states")
-    last = max((at for at, m in ur.joints if at >= since_s and np.abs(m.velocity).max() > REST_RAD_S), default=since_s)
+    since_ns = time.time_ns() - round((time.monotonic() - since_s) * 1e9)
+    stamped = ((ns_from_time(m.header.stamp), np.abs(m.velocity).max()) for _, m in ur.joints)
+    moved = [stamp_ns for stamp_ns, speed in stamped if stamp_ns >= since_ns and speed > REST_RAD_S]
     assert np.abs(ur.velocities).max() < REST_RAD_S
-    return last - since_s
+    return max(moved, default=since_ns) / 1e9 - since_ns / 1e9
 
 
 def assert_limits_kept(ur: UrClient) -> None:
