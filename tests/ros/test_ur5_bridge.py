@@ -99,6 +99,12 @@ def moving(bridge: BridgeClient, ur: UrClient, seconds: float = 4.0) -> None:
     raise AssertionError("the arm was never under way: the machine is too busy")
 
 
+def executed(bridge: BridgeClient) -> int:
+    """Rows that the bridge has taken and not dropped."""
+    counters = bridge.state()["counters"]
+    return int(counters.get("rows", 0) - counters.get("dropped_rows", 0))
+
+
 def assert_still_armed(state: dict[str, Any]) -> None:
     """Unless the machine was too busy for the driver's messages, which stops the arm as it should."""
     assert state["mode"] == "armed" or state["code"] in ("state_silent", "not_following"), state
@@ -192,7 +198,7 @@ def test_a_protective_stop_drops_what_waits_and_demands_arming(bridge: BridgeCli
 def test_a_speed_slider_shrinks_the_steps_and_nothing_is_caught_up(bridge: BridgeClient, ur: UrClient) -> None:
     ur.slide(30.0)
     ur.wait(lambda: ur.scaling[-1][1].data < 31.0, what="the slider")
-    before = bridge.frames[-1][1].pose.position.y
+    before, begun = bridge.frames[-1][1].pose.position.y, executed(bridge)
     moving(bridge, ur, seconds=1.5)
     wait_over(bridge)
     ur.slide(100.0)
@@ -200,7 +206,9 @@ def test_a_speed_slider_shrinks_the_steps_and_nothing_is_caught_up(bridge: Bridg
     count = len(bridge.frames)
     bridge.wait(lambda: len(bridge.frames) > count + 2, what="a frame")
     went = bridge.frames[-1][1].pose.position.y - before
-    assert 0.04 < went < 0.15, "about a third of 0.3 m"
+    told = len(bridge.told)
+    bridge.wait(lambda: len(bridge.told) > told + 1, what="a state")
+    assert 0.02 < went < 0.5 * 0.01 * (executed(bridge) - begun), "about a third of a hundredth of a metre a row"
     assert_limits_kept(ur)
 
 
