@@ -190,6 +190,9 @@ class Ur5DemoRun(DemoRun):
             children.check()
             if time.monotonic() > deadline:
                 raise SteerError("not_armed", f"the bridge did not arm within {ARM_S:g} s: {answer.message}")
+            # After a protective stop, as somebody at the pendant would; both are refused while there is nothing to do.
+            for name in ("unlock_protective_stop", "play"):
+                client.ask(Trigger, f"/dashboard_client/{name}", Trigger.Request(), STEP_S)
             recorder.wait(lambda: False, 0.2)
 
     def _steer(

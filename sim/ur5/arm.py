@@ -24,6 +24,7 @@ from steer_runtime.errors import SteerError
 JOINT_SPEED_RAD_S = 3.14
 """Hardware limit of a joint (UR5e data sheet: 180 deg/s)."""
 _SERVO_RAD_S = 120.0  # natural frequency of the critically damped joint servo
+_OVERLOAD_S = 0.1  # of a joint at its largest torque
 _PACE_DOWN, _PACE_UP = 10.0, 3.0  # 1/s: braking within 0.1 s, starting within 0.33 s
 
 
@@ -53,7 +54,7 @@ class Ur5Arm:
         """playing: whether the program runs from the start."""
         self.model = scene.model
         self.data = mujoco.MjData(self.model)
-        self.time_s = self._due = 0.0
+        self.time_s = self._due = self._over_s = 0.0
         self.period_s = float(self.model.opt.timestep)
         joints = [self.model.joint(f"{PREFIX}{joint}") for joint in JOINTS]
         self._q = np.array([joint.qposadr[0] for joint in joints])
@@ -102,10 +103,19 @@ class Ur5Arm:
         # Computed torque: each joint follows its goal like a critically damped spring, whatever the arm's pose.
         pull = _SERVO_RAD_S**2 * (goal - position) + 2 * _SERVO_RAD_S * (speed - velocity)
         mujoco.mj_fullM(self.model, data, self._inertia)
-        data.ctrl[self._torques] = self._inertia[np.ix_(self._v, self._v)] @ pull + data.qfrc_bias[self._v]
+        torque = self._inertia[np.ix_(self._v, self._v)] @ pull + data.qfrc_bias[self._v]
+        data.ctrl[self._torques] = torque
+        self._feel(torque)
         mujoco.mj_step2(self.model, data)
         self.time_s += self.period_s
         self._judge()
+
+    def _feel(self, torque: np.ndarray) -> None:
+        """Stop by itself where a joint has long asked for more than it has: the arm pushes against something."""
+        over = np.abs(torque) > self.model.actuator_ctrlrange[self._torques, 1]
+        self._over_s = self._over_s + self.period_s if over.any() and self._controller == TRAJECTORY else 0.0
+        if self._over_s > _OVERLOAD_S and self._program:
+            self.stop_protectively()
 
     def _wanted(self) -> tuple[np.ndarray, np.ndarray]:
         """Position and velocity the active controller asks for at the end of this period."""

@@ -95,8 +95,8 @@ def test_a_new_trajectory_begins_where_the_arm_is(arm: Ur5Arm) -> None:
 
 
 def test_a_start_in_the_past_is_entered_where_it_would_be(arm: Ur5Arm) -> None:
-    arm.follow(ramp(0, 0.5, 1.0), begun_s=0.4)
-    arm.advance(0.6)
+    arm.follow(ramp(0, 0.5, 1.0), begun_s=0.2)
+    arm.advance(0.8)
     assert arm.positions[0] == pytest.approx(HOME_Q[0] + 0.5, abs=5e-3)
     with pytest.raises(SteerError, match=r"ended 0\.900 s ago"):
         arm.follow(ramp(0, 0.5, 1.0), begun_s=2.0)
@@ -256,3 +256,11 @@ def test_a_log_that_was_cut_off_is_read_to_its_last_row(tmp_path: Path) -> None:
     np.testing.assert_allclose(whole.tcp_speed, [0.0, 0.1, 0.2])
     assert whole.names == ("cube",)
     np.testing.assert_array_equal(whole.things[2], [[2.0, 2.0, 2.0]])
+
+
+def test_an_arm_that_pushes_against_the_table_stops_protectively(arm: Ur5Arm) -> None:
+    down = HOME_Q + 0.9 * np.eye(6)[1]
+    arm.follow(Trajectory(np.array([3.0, 3.1]), np.array([down, down])))
+    arm.advance(3.5)
+    assert arm.measure().protective_stop
+    assert np.abs(arm.positions - down).max() > 0.1
