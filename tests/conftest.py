@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# MuJoCo chooses how it draws when it is imported, whoever imports it first.
+os.environ.setdefault("MUJOCO_GL", "osmesa")
+
 from collections.abc import Callable
 
 import fabricate
