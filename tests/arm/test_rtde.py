@@ -17,8 +17,6 @@ from arm.port import ArmState, JointMotion
 from arm.rtde import RtdePort, RtdeSettings, in_base_link
 from steer_runtime.errors import SteerError
 
-pytest.importorskip("rtde_control")
-
 PATIENCE_S = 60.0
 PATIENT = RtdeSettings(watchdog_s=3.0)
 """For a machine that is busy with other things: what the watchdog does is tested by itself."""

@@ -16,8 +16,6 @@ from arm.cli import app
 from arm.kinematics import Kinematics
 from arm.settings import load_settings
 
-pytest.importorskip("rtde_control")
-
 CONFIG = Path(__file__).parents[2] / "configs" / "robots" / "ur5e.yaml"
 HOME = np.array([0.0, -1.57, 1.57, -1.57, -1.57, 0.0])
 
