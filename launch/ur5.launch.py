@@ -14,11 +14,21 @@ from launch import LaunchDescription
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Policy node and bridge in one namespace, with the parameters of configs/robots/ur5.yaml."""
+    """Policy node and bridge in one namespace, with the parameters of configs/robots/ur5.yaml and every guard of ur5e_policy.yaml."""
     share = get_package_share_directory("steer_runtime")
-    robot_yaml = PathJoinSubstitution([share, "configs", "robots", "ur5.yaml"])
+    robot_yaml = LaunchConfiguration("robot")
     namespace = LaunchConfiguration("namespace")
     arguments = [
+        DeclareLaunchArgument(
+            "robot",
+            default_value=PathJoinSubstitution([share, "configs", "robots", "ur5.yaml"]),
+            description="parameters of both nodes: cameras, topics, the checkpoint's action space",
+        ),
+        DeclareLaunchArgument(
+            "guards",
+            default_value=PathJoinSubstitution([share, "configs", "robots", "ur5e_policy.yaml"]),
+            description="parameters of the policy node: who may command, how far, and what a chunk may be",
+        ),
         DeclareLaunchArgument("namespace", default_value="steer", description="namespace of both nodes"),
         DeclareLaunchArgument("policy", description="YAML file, or a name of configs/policies"),
         DeclareLaunchArgument(
@@ -40,6 +50,7 @@ def generate_launch_description() -> LaunchDescription:
         output="screen",
         parameters=[
             robot_yaml,
+            LaunchConfiguration("guards"),
             {
                 "policy": ParameterValue(LaunchConfiguration("policy"), value_type=str),
                 "direction_store": ParameterValue(LaunchConfiguration("direction_store"), value_type=str),

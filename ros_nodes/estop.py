@@ -13,7 +13,7 @@ from rclpy.node import Node
 from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 
-from ros_nodes.qos import LATCHED, SENSOR
+from ros_nodes.qos import COMMAND, LATCHED, SENSOR
 
 
 class Estop:
@@ -28,8 +28,9 @@ class Estop:
         self._on_stop = on_stop
         self._by = ""
         self._told = node.create_publisher(Bool, "estop", LATCHED)
-        # A latched stop is heard by the first, one of a best-effort publisher only by the second.
-        for profile in (LATCHED, SENSOR):
+        # The first hears what is latched, the second loses nothing that is sent reliably (`ros2 topic pub`), and only the
+        # third hears publishers of best effort.
+        for profile in (LATCHED, COMMAND, SENSOR):
             node.create_subscription(Bool, "estop", self._heard, profile)
         node.create_service(Trigger, f"{prefix}estop", self._asked)
         node.create_service(Trigger, f"{prefix}reset_estop", self._reset)

@@ -11,6 +11,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from driver import SensorDriver
 from rclpy.qos import QoSProfile
 from std_msgs.msg import Bool
+from std_srvs.srv import Trigger
 
 from ros_nodes.client import SteeringClient
 from ros_nodes.qos import COMMAND, LATCHED, SENSOR
@@ -28,7 +29,7 @@ def steered(client: SteeringClient, driver: SensorDriver) -> Iterator[tuple[Stee
 
 
 def pull_by_service(client: SteeringClient, driver: SensorDriver) -> None:
-    assert "emergency stop" in client.stop()
+    assert "emergency stop" in client.ask(Trigger, "estop", Trigger.Request()).message
 
 
 def pull_by_topic(client: SteeringClient, driver: SensorDriver, quality: QoSProfile) -> None:
@@ -46,12 +47,14 @@ def pull_by_topic(client: SteeringClient, driver: SensorDriver, quality: QoSProf
 
 
 @pytest.mark.fault(15)
-@pytest.mark.parametrize("way", ["service", "reliable", "latched", "best effort"])
+@pytest.mark.parametrize("way", ["verb", "service", "reliable", "latched", "best effort"])
 def test_a_stop_silences_steering_and_actions_until_it_is_reset(
     steered: tuple[SteeringClient, SensorDriver, np.ndarray], way: str
 ) -> None:
     client, driver, baseline = steered
-    if way == "service":
+    if way == "verb":
+        assert "emergency stop" in client.stop()
+    elif way == "service":
         pull_by_service(client, driver)
     else:
         pull_by_topic(client, driver, {"reliable": COMMAND, "latched": LATCHED, "best effort": SENSOR}[way])

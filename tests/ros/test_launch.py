@@ -70,7 +70,9 @@ def _launch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_launch_file_starts_what_exists_with_declared_parameters_and_arguments(path: Path) -> None:
     entities = runpy.run_path(str(path))["generate_launch_description"]().args[0]
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    arguments = {e.args[0] for e in entities if type(e).__name__ == "DeclareLaunchArgument"}
+    defaults = {
+        e.args[0]: e.kwargs.get("default_value") for e in entities if type(e).__name__ == "DeclareLaunchArgument"
+    }
     nodes = [e for e in entities if type(e).__name__ == "Node"]
     used = set()
     assert nodes
@@ -86,8 +88,19 @@ def test_launch_file_starts_what_exists_with_declared_parameters_and_arguments(p
                     assert value.kwargs["value_type"] is type(declared[name].default)
                     used.add(value.args[0].args[0])
             else:
+                if type(parameters).__name__ == "LaunchConfiguration":
+                    used.add(parameters.args[0])
+                    parameters = defaults[parameters.args[0]]
                 assert Path(*parameters.args[0]).is_file()
-    assert used == arguments
+    assert used == set(defaults)
+
+
+@pytest.mark.usefixtures("_launch")
+def test_a_policy_on_a_real_arm_is_launched_with_its_guards() -> None:
+    entities = runpy.run_path(str(ROOT / "launch" / "ur5.launch.py"))["generate_launch_description"]().args[0]
+    policy = next(e for e in entities if type(e).__name__ == "Node" and e.kwargs["name"] == "policy")
+    files = [p.args[0] for p in policy.kwargs["parameters"] if type(p).__name__ == "LaunchConfiguration"]
+    assert files == ["robot", "guards"]
 
 
 def _parameter_files() -> list[Path]:
