@@ -19,6 +19,7 @@ from rclpy.signals import SignalHandlerOptions
 from ros_nodes.client import SteeringClient
 from ros_nodes.hold_node import HoldNode
 from ros_nodes.policy_node import PolicyNode
+from ros_nodes.recording.node import RecorderNode
 from ros_nodes.robot_node import RobotNode
 from ros_nodes.ur5_bridge_node import Ur5BridgeNode
 
@@ -122,6 +123,17 @@ def test_robot_node_may_do_what_it_does_and_no_more(third_domain: int) -> None:
 def test_hold_node_may_do_what_it_does_and_no_more(third_domain: int) -> None:
     with a_node(lambda context: HoldNode(context=context), third_domain) as node:
         assert_fits("/steer/hold", used(node, "hold"))
+
+
+def test_recorder_may_listen_to_all_of_the_namespace_and_say_nothing_in_it(third_domain: int, tmp_path: Path) -> None:
+    def make(context: Any) -> RecorderNode:
+        return RecorderNode(context=context, parameter_overrides=[Parameter("path", value=str(tmp_path / "run.mcap"))])
+
+    with a_node(make, third_domain) as node:
+        has = used(node, "recorder")
+        assert "/steer/command" in has["subscribe"]
+        assert_fits("/steer/recorder", has)
+        node.close()
 
 
 def test_bridge_may_do_what_it_does_and_no_more(third_domain: int) -> None:
