@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from sim.evaluation.analysis import claims, effects, measured, page, verdict
 from sim.evaluation.analysis.effects import Analysis, Subject
 from sim.evaluation.analysis.measured import Study
+from sim.evaluation.study.records import read_episodes
 from steer_runtime.errors import SteerError
 
 OFF = Made("unsteered", "unsteered")
@@ -249,6 +251,20 @@ def test_command_writes_page_and_summary_and_tells_the_answer(folder: Path, tmp_
     refused = CliRunner().invoke(app, ["report", str(folder), "--claim", "sped-token=speed"])
     assert isinstance(refused.exception, SteerError)
     assert "is no direction of" in refused.exception.sentence
+
+
+def test_episodes_that_are_in_no_table_yet_are_told_of(folder: Path, tmp_path: Path) -> None:
+    from sim.evaluation.cli import app
+
+    running = shutil.copytree(folder, tmp_path / "running")
+    count = len(read_episodes(running))
+    lines = [json.dumps({"schema": "x"})] + [json.dumps({"key": str(number)}) for number in range(count + 2)]
+    (running / "journal.jsonl").write_text("\n".join(lines) + '\n{"key": "half')
+    done = CliRunner().invoke(app, ["report", str(running)])
+    assert done.exit_code == 0, done.output
+    assert f"tells of {count} episodes, and the journal holds {count + 2}" in done.stderr
+    whole = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "whole.html")])
+    assert "journal" not in whole.stderr
 
 
 @pytest.mark.heavy

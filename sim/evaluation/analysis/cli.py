@@ -27,6 +27,7 @@ def report(
     """
     from sim.evaluation.analysis import claims, effects, measured, page
     from sim.evaluation.cli import bar
+    from sim.evaluation.study.journal import finished
     from sim.evaluation.study.records import read_episodes
     from steer_runtime.errors import SteerError
 
@@ -34,7 +35,14 @@ def report(
     path = out or study / "report.html"
     if path.suffix != ".html":
         raise SteerError("bad_out", f"--out {str(path)[:120]!r} is no page: expected a name that ends in .html")
-    with bar("measure", len(read_episodes(study))) as tick:
+    told_of, held = len(read_episodes(study)), finished(study)
+    if held > told_of:
+        typer.echo(
+            f"the page tells of {told_of} episodes, and the journal holds {held}: `steer eval study` with --tables, or its "
+            "end, brings them into the tables",
+            err=True,
+        )
+    with bar("measure", told_of) as tick:
         read = measured.load(study, lambda: tick(1, "measure"))
     unknown = sorted(set(told) - {e.direction for e in read.episodes})
     if unknown:

@@ -131,6 +131,17 @@ class Journal:
         return self.folder / "steps" / f"{_file_stem(key)}.parquet"
 
 
+def finished(folder: Path) -> int:
+    """How many episodes a folder's journal holds, whoever is writing it; 0 without one."""
+    path = folder / JOURNAL_FILE
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        # The first line is the configuration; one that broke off, or is being written, is no episode yet.
+        lines = [line for line in file if line.endswith(b"\n")][1:]
+    return len({json.loads(line)["key"] for line in lines})
+
+
 @contextmanager
 def journal(folder: Path, configuration: Mapping[str, Any]) -> Iterator[Journal]:
     """Open or begin a folder. configuration: what all episodes share. Raises as `steer_runtime.results.results`."""
