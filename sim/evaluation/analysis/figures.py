@@ -152,8 +152,8 @@ def _names(axis: Any, rivals: Sequence[Row]) -> None:
 
 
 def wrapped(text: str, width: int = 10) -> str:
-    """At most three lines."""
-    lines = textwrap.wrap(text, width)
+    """At most three lines, of whole words."""
+    lines = textwrap.wrap(text, width, break_long_words=False)
     return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
 
 
