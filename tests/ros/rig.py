@@ -96,7 +96,7 @@ class ArmRig:
         assert process.stdout.readline() == "streaming\n"
         return process
 
-    def wait_moving(self, speed: float = 0.02) -> None:
+    def wait_moving(self, speed: float = 0.1) -> None:
         """Arm it, again where a busy machine had the bridge stop, until the policy moves a joint faster than this, rad/s."""
         began_s = time.monotonic()
 
