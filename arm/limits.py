@@ -66,17 +66,27 @@ class PlaceLimits:
         self._slow, self._stop = limits.condition_slow, limits.condition_stop
         self._clearance = limits.clearance_m
 
-    def broken(self, joints: Joints) -> Code:
-        """The first limit that a standing arm would break at these joints [6] rad."""
+    def broken(self, joints: Joints, coming_from: NDArray[np.float64] | None = None) -> Code:
+        """The first limit that a standing arm would break at these joints [6] rad.
+
+        coming_from [3] m: where the TCP is. From outside the workspace it may go anywhere that is no further out.
+        """
         if (joints < self.lowest).any() or (joints > self.highest).any():
             return "joint_range"
         position = self._kinematics.pose(joints).position
-        if (position < self.box[0]).any() or (position > self.box[1]).any():
+        lowest, highest = self.box
+        if coming_from is not None:
+            lowest, highest = np.minimum(lowest, coming_from), np.maximum(highest, coming_from)
+        if (position < lowest).any() or (position > highest).any():
             return "workspace"
         links, table = self._kinematics.clearance(joints)
         if links < self._clearance:
             return "self_collision"
         return "table" if table < self._clearance else ""
+
+    def outside(self, position: NDArray[np.float64]) -> float:
+        """How far a position [3] m of the TCP is outside the workspace, along the axis where it is furthest; 0 inside."""
+        return float(max(0.0, (self.box[0] - position).max(), (position - self.box[1]).max()))
 
     def share_of_way(self, start: Pose, end: Pose) -> tuple[float, Code]:
         """Largest part of the straight way of the TCP that stays in the workspace."""

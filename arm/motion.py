@@ -275,8 +275,9 @@ class MotionCore:
     def _share_of_place(self, base: Joints, step: Joints) -> float:
         """Part of a step at whose end the arm may stand."""
         code: Code = ""
+        here = self.kinematics.pose(base).position
         for share in _TRIES:
-            code = self._places.broken(base + share * step)
+            code = self._places.broken(base + share * step, here)
             if not code:
                 if share < 1.0:
                     self._limit("near_contact")
@@ -358,8 +359,9 @@ class MotionCore:
 
     def _broken_on(self, plan: Stopping) -> Code:
         """The first limit that is broken half-way or at the end of a line that may cut a corner of the rows' path."""
+        here = self.kinematics.pose(plan.start).position
         for joints in ((plan.start + plan.end) / 2, plan.end):
-            code = self._places.broken(joints)
+            code = self._places.broken(joints, here)
             if code:
                 return code
         return ""
@@ -418,7 +420,10 @@ class MotionCore:
                 f"the driver's TCP is {off:.3f} m from this model's, expected at most {motion.model_error_m:g}: set the same "
                 "TCP on the pendant and in tool.tcp_offset_m, and check `arm`",
             )
-        code = self._places.broken(state.positions)
+        # An arm that was stopped at the border may stand a little beyond it: it can be armed, and led inwards.
+        here = self.kinematics.pose(state.positions).position
+        beside = here if self._places.outside(here) <= motion.model_error_m else None
+        code = self._places.broken(state.positions, beside)
         if code:
             raise SteerError(
                 code, f"the arm stands where it may not ({code}): move it away by hand or pendant, then arm"

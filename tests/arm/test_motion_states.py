@@ -80,6 +80,29 @@ def test_arming_is_refused_with_the_reason(spoil: Callable[[Bench], None], code:
     assert not bench.arm.sent
 
 
+def test_an_arm_a_little_outside_the_workspace_is_armed_and_goes_inwards_only() -> None:
+    bench = Bench(armed=False)
+    places, pose = bench.core._places, bench.core.kinematics.pose
+
+    def stands_outside_by(far_m: float) -> None:
+        highest = places.box[1].copy()
+        highest[1] = pose(START).position[1] - far_m
+        places.box = places.box[0], highest
+
+    stands_outside_by(SETTINGS.motion.model_error_m + 0.002)
+    with pytest.raises(SteerError, match="stands where it may not"):
+        bench.core.arm(bench.arm.now_s)
+    stands_outside_by(0.004)
+    bench.core.arm(bench.arm.now_s)
+    for _ in range(10):
+        bench.row(FORWARD)
+    assert pose(bench.arm.positions).position[1] <= pose(START).position[1] + 1e-3
+    assert bench.counters()["limit_workspace"] > 0
+    for _ in range(20):
+        bench.row(-FORWARD)
+    assert pose(bench.arm.positions).position[1] < places.box[1][1]
+
+
 @pytest.mark.fault(28)
 def test_a_stopped_program_drops_everything_and_demands_arming_at_the_measured_state() -> None:
     bench = _moving(Bench())
