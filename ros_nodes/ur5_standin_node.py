@@ -99,6 +99,7 @@ class Ur5StandinNode(Node):
         if settings.controller != TRAJECTORY:
             self._arm.ask("activate", settings.controller)
         self._running: bool | None = None
+        self._stopped = False
         self._peaks_s = 0.0
         self._publish_and_listen()
         self._photographer = _Photographer(self, self._scene, settings) if settings.camera_size else None
@@ -165,6 +166,11 @@ class Ur5StandinNode(Node):
         if report.program_running != self._running:
             self._running = report.program_running
             self._running_pub.publish(Bool(data=report.program_running))
+        if report.protective_stop and not self._stopped:
+            self.get_logger().warning(
+                "protective stop: a joint was at its largest torque, as when the arm pushes against something, or it was asked for"
+            )
+        self._stopped = report.protective_stop
         if report.time_s - self._peaks_s >= _PEAKS_S:
             self._peaks_s = report.time_s
             self._peaks_pub.publish(Float64MultiArray(data=report.peaks.tolist()))
