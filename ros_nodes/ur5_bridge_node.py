@@ -20,6 +20,7 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.lifecycle.node import LifecycleNodeMixin
 from std_msgs.msg import String
 from std_srvs.srv import SetBool
+from steer_msgs.msg import ActionChunk as ActionChunkMsg
 from trajectory_msgs.msg import JointTrajectory
 
 from arm.actions import ActionReader
@@ -275,6 +276,21 @@ class Ur5BridgeNode(LifecycleNodeMixin, RobotNode):
             )
             return
         super()._publish_frame()
+
+    def _require_owner(self, message: ActionChunkMsg) -> None:
+        """As of every robot; and whoever armed the arm armed it for the policy that answered then, not for its successor."""
+        super()._require_owner(message)
+        before = self._owner
+        if before is None or before[0] == message.instance_id or self._configured is None:
+            return
+        core = self._configured.core
+        if core.state().mode == "armed":
+            core.stop(
+                "policy_changed",
+                f"policy node {message.instance_id[:8]} answers in place of {before[0][:8]}: look at what it does, then arm again",
+                time.monotonic(),
+            )
+            self._tell()
 
     # -- arming and stopping ------------------------------------------------------------------------------------------
 

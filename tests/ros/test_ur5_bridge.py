@@ -356,6 +356,30 @@ def test_sigterm_in_motion_rests_the_arm_and_ends_with_0(
     assert_limits_kept(ur)
 
 
+@pytest.mark.fault(37)
+def test_an_armed_arm_does_not_move_for_the_policy_that_comes_after(
+    ur: UrClient, sides: tuple[BridgeClient, UrClient], third_domain: int, bridge_process: BridgeProcess
+) -> None:
+    client, _ = sides
+    _stop_first(bridge_process)
+    home(ur)
+    with BridgeProcess(third_domain, owner_timeout_s=0.3):
+        _fresh(client)
+        moving(client, ur, seconds=1.0)
+        wait_over(client)
+        ur.wait_rest()
+        client.must_arm()
+        sent = client.state()["counters"]["sent"]
+        client.move(instance="its successor")
+        state = client.wait_state(mode="stopped", code="policy_changed")
+        assert state["counters"]["sent"] <= sent + 1
+        # Armed for this one, it moves.
+        client.must_arm()
+        client.move(instance="its successor")
+        client.wait(lambda: client.state()["counters"]["sent"] > sent + 3, what="motion")
+        assert client.arm(on=False).success
+
+
 @pytest.mark.fault(33)
 def test_kill_9_in_motion_rests_the_arm_within_the_horizon(
     ur: UrClient, sides: tuple[BridgeClient, UrClient], third_domain: int, bridge_process: BridgeProcess
