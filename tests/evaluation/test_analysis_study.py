@@ -160,6 +160,13 @@ def test_opposite_of_its_name_is_called_so(tmp_path: Path) -> None:
     assert verdict.judge(found.subjects[0]).does == "the opposite"
 
 
+@pytest.mark.parametrize(("spread", "does"), [(0.9, "opposite within random"), (0.05, "the opposite")])
+def test_opposite_that_random_directions_do_as_well_is_not_called_so(tmp_path: Path, spread: float, does: str) -> None:
+    made = [OFF, Made("direction:fast@+1", "direction", "fast", 1.0, speed=0.9)]
+    made += [Made(f"random:fast#{d}@+1", "random", "fast", 1.0, d, speed=1.0 - spread * (d % 2)) for d in range(20)]
+    assert verdict.judge(small(tmp_path, made, tasks=9).subjects[0]).does == does
+
+
 def test_name_that_claims_nothing_is_reported_without_a_verdict(tmp_path: Path) -> None:
     folder = synthetic.write(tmp_path / "s", [OFF, Made("direction:banana@+1", "direction", "banana", 1.0, speed=0.7)], tasks=9, states=1)  # fmt: skip
     read = measured.load(folder)

@@ -16,12 +16,15 @@ from sim.evaluation.analysis.metrics import METRICS
 
 DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
-Does = Literal["yes", "no control", "not beyond random", "the opposite", "not seen", "no claim", "unknown"]
+Does = Literal[
+    "yes", "no control", "not beyond random", "the opposite", "opposite within random", "not seen", "no claim", "unknown"
+]  # fmt: skip
 SHOWN: dict[Does, str] = {
     "yes": "does what its name says",
     "no control": "moves as its name says, but no random control was run",
     "not beyond random": "moves as its name says, but not farther than random directions do",
     "the opposite": "does the opposite of what its name says",
+    "opposite within random": "moves against its name, but not farther than random directions do",
     "not seen": "was not seen to do what its name says",
     "no claim": "claims nothing that is measured",
     "unknown": "could not be tested",
@@ -59,7 +62,7 @@ class Verdict:
 def judge(subject: Subject) -> Verdict:
     """yes: the slope passes Holm the named way and some strength works. no control: the slope does, and no strength has a
     band. not beyond random: the slope does, and no strength is beyond its band at p < 0.05. the opposite: the slope passes
-    the other way. not seen: it does not pass. unknown: so few pairs could not have passed, whatever they did. Each end is told at the strength that works, keeps success best, and moves
+    the other way, and some strength is beyond its band, or none has one. opposite within random: none is. not seen: it does not pass. unknown: so few pairs could not have passed, whatever they did. Each end is told at the strength that works, keeps success best, and moves
     most, in this order; where none works, at the largest."""
     if subject.claim is None:
         return _told(subject, "no claim", {})
@@ -70,7 +73,11 @@ def judge(subject: Subject) -> Verdict:
     if subject.adjusted >= ALPHA:
         return _told(subject, "not seen", _ends(subject.doses, _largest))
     if subject.slope.value * subject.claim.sign < 0:
-        return _told(subject, "the opposite", _ends(subject.doses, _largest))
+        banded = [d for d in subject.doses if d.band.size is not None]
+        against = [d for d in banded if not d.right_way and d.p.p is not None and d.p.p < ALPHA]
+        # `band.beyond` asks for the named way.
+        shown = not banded or any(abs(d.change.value or 0.0) > (d.band.size or 0.0) for d in against)
+        return _told(subject, "the opposite" if shown else "opposite within random", _ends(subject.doses, _largest))
     working = [d for d in subject.doses if d.works]
     if working:
         return _told(subject, "yes", _ends(working, _best))
