@@ -272,6 +272,10 @@ def test_episodes_that_are_in_no_table_yet_are_told_of(folder: Path, tmp_path: P
     assert f"tells of {count} episodes, and the journal holds {count + 2}" in done.stderr
     whole = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "whole.html")])
     assert "journal" not in whole.stderr
+    (running / "journal.jsonl").write_text("{}\nno episode\n")
+    torn = CliRunner().invoke(app, ["report", str(running)])
+    assert isinstance(torn.exception, SteerError)
+    assert torn.exception.code == "torn_file"
 
 
 @pytest.mark.heavy

@@ -132,14 +132,17 @@ class Journal:
 
 
 def finished(folder: Path) -> int:
-    """How many episodes a folder's journal holds, whoever is writing it; 0 without one."""
+    """How many episodes a folder's journal holds, whoever is writing it; 0 without one. Raises SteerError('torn_file')."""
     path = folder / JOURNAL_FILE
     if not path.is_file():
         return 0
     with path.open("rb") as file:
         # The first line is the configuration; one that broke off, or is being written, is no episode yet.
         lines = [line for line in file if line.endswith(b"\n")][1:]
-    return len({json.loads(line)["key"] for line in lines})
+    try:
+        return len({json.loads(line)["key"] for line in lines})
+    except (ValueError, KeyError, TypeError):
+        raise SteerError("torn_file", f"{path} has a line that is no episode: mend or delete that line") from None
 
 
 @contextmanager
