@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--tower", default="expert", help="tower that is steered")
     parser.add_argument("--commands", type=int, default=40, help="for each answer")
     parser.add_argument("--replan", type=int, default=5, help="control steps from frame to frame")
-    parser.add_argument("--rows", type=int, default=20, help="rows of a chunk that are handed on")
+    parser.add_argument("--rows", type=int, default=15, help="rows of a chunk that are handed on")
     parser.add_argument("--rate-hz", type=float, default=20.0, help="control steps a second")
     wanted = parser.parse_args()
     os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
@@ -88,10 +88,17 @@ def _measure(wanted: argparse.Namespace, store: Path, answer: str) -> list[React
             action_steps=wanted.rows,
             restart_on_command=answer != "wait",
             observation_timeout_s=10.0,
-        ),
-        NodeProcess([str(TESTS / "ros" / "point_robot.py")], body),
+        ) as policy,
+        NodeProcess([str(TESTS / "ros" / "point_robot.py")], body) as robot,
     ):
-        watcher.wait(lambda: watcher.episodes and watcher.status().inference_id, START_S, "a step made by the policy")
+
+        def moved() -> bool:
+            for process in (policy, robot):
+                if process.process.poll() is not None:
+                    raise SystemExit(f"a node ended before the first step: {process.log().strip()[-500:]}")
+            return bool(watcher.episodes and watcher.status().inference_id)
+
+        watcher.wait(moved, START_S, "a step made by the policy")
         rng = random.Random(0)
         return [
             _react(watcher, client, 0.5 + 0.5 * (index % 2), rng)
