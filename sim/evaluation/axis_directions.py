@@ -34,7 +34,6 @@ WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 Both ends are about equally common. Where one is rarer ("sluggish", "reckless"), the axis names how common a word is
 before it names anything else: the vocabulary's words on it then begin with fragments.
 """
-_LEAST_LETTERS = 3
 
 
 @dataclass(frozen=True)
@@ -267,13 +266,5 @@ def _plain_words(policy: OpenVLAPolicy, basis: Basis) -> np.ndarray:
     """Token ids int64 of lower-case words of the vocabulary, those of the axis left out."""
     tokens = TokenBasis.of(policy)
     mine: Sequence[str] = [*basis.used["positive"], *basis.used["negative"]]
-    texts = [tokens.text(token) for token in range(len(basis.embeddings))]
-    kept = [
-        token
-        for token, text in enumerate(texts)
-        if len(word := text.strip()) >= _LEAST_LETTERS and word.isascii() and word.isalpha() and word.islower()
-        if word not in mine
-    ]
-    # Where the tokenizer marks the beginning of words, pieces from the middle of words are no words.
-    whole = [token for token in kept if texts[token].startswith(" ")]
-    return np.array(whole or kept, np.int64)
+    usable = [int(t) for t in tokens.plain_words if t < len(basis.embeddings)]
+    return np.array([token for token in usable if tokens.text(token).strip() not in mine], np.int64)

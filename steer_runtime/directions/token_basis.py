@@ -42,6 +42,7 @@ from steer_runtime.directions.store import write_atomically
 from steer_runtime.errors import SteerError, nearest
 from steer_runtime.types import Tower
 
+_LEAST_LETTERS = 3
 Progress = Callable[[int, int], None]
 """Told (value vectors done, value vectors in all); within a layer, the share of its work."""
 
@@ -156,6 +157,19 @@ class TokenBasis:
             if token not in self.action_values:
                 index.setdefault(_plain(self.text(token)), []).append(token)
         return {word: tuple(tokens) for word, tokens in index.items()}
+
+    @cached_property
+    def plain_words(self) -> np.ndarray:
+        """Token ids int64 of lower-case words of three letters or more; where the tokenizer marks how words begin, only of
+        those, since pieces from the middle of words are no words."""
+        texts = {token: self.text(token) for token in range(self.vocab) if token not in self.action_values}
+        kept = [
+            token
+            for token, text in texts.items()
+            if len(word := text.strip()) >= _LEAST_LETTERS and word.isascii() and word.isalpha() and word.islower()
+        ]
+        whole = [token for token in kept if texts[token].startswith(" ")]
+        return np.array(whole or kept, np.int64)
 
     def tokens_of(self, word: str) -> tuple[int, ...]:
         """Ids of every token that reads `word`, whatever its case and leading space.

@@ -7,7 +7,8 @@ import pytest
 
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.directions.finders import controls
-from steer_runtime.directions.finders.random import pair_controls, write_norm
+from steer_runtime.directions.finders.random import pair_controls, word_controls, write_norm
+from steer_runtime.directions.token_basis import TokenBasis
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
@@ -98,4 +99,35 @@ def test_pairs_need_a_vector_and_two_different_moments(tiny_policy: OpenVLAPolic
     ):
         with pytest.raises(SteerError) as caught:
             pair_controls(direction, rows, 1, seed=0)
+        assert caught.value.code == code
+
+
+def test_random_words_are_differences_of_embeddings_of_the_norm_of_each_site(tiny_policy: OpenVLAPolicy) -> None:
+    width, basis = tiny_policy.towers["lm"].d_model, TokenBasis.of(tiny_policy)
+    direction = made(tiny_policy, dense={0: np.ones(width, np.float32), 3: np.full(width, 5.0, np.float32)}, op="add")
+    found = word_controls(direction, basis, 2, 5, seed=1)
+    assert len({c.hash for c in found}) == 5
+    table = basis.unembedding.numpy()
+    words = {basis.text(int(token)).strip(): int(token) for token in basis.plain_words}
+    for control in found:
+        ends = control.provenance["words"], control.provenance["against"]
+        assert [len(end) for end in ends] == [2, 2]
+        assert len({*ends[0], *ends[1]}) == 4
+        high, low = (table[[words[word] for word in end]].mean(0) for end in ends)
+        for site, vector in (direction.dense or {}).items():
+            wanted = (high - low) * np.linalg.norm(vector) / np.linalg.norm(high - low)
+            np.testing.assert_allclose((control.dense or {})[site], wanted, rtol=1e-4, atol=1e-6)
+    assert [c.hash for c in word_controls(direction, basis, 2, 3, seed=1)] == [c.hash for c in found[:3]]
+    assert not {c.hash for c in found} & {c.hash for c in word_controls(direction, basis, 2, 5, seed=2)}
+
+
+def test_random_words_need_a_vector_and_words_enough(tiny_policy: OpenVLAPolicy) -> None:
+    basis = TokenBasis.of(tiny_policy)
+    dense = made(tiny_policy, dense={0: np.ones(tiny_policy.towers["lm"].d_model, np.float32)}, op="add")
+    for direction, words, code in (
+        (made(tiny_policy, neurons=neurons()), 2, "bad_operation"),
+        (dense, 1 + len(basis.plain_words) // 2, "bad_token_basis"),
+    ):
+        with pytest.raises(SteerError) as caught:
+            word_controls(direction, basis, words, 1, seed=0)
         assert caught.value.code == code

@@ -155,6 +155,27 @@ def test_direction_beyond_no_random_one_is_not_called_working(tmp_path: Path) ->
     assert told.does == "not beyond random"
 
 
+def test_direction_that_random_words_match_is_not_called_working(tmp_path: Path) -> None:
+    def drawn(kind: str, spread: float) -> list[Made]:
+        return [
+            Made(f"{kind}:speed-x#{d}@+1", kind, "speed-x", 1.0, d, speed=1 + spread * (1 - 2 * (d % 2)))
+            for d in range(20)
+        ]
+
+    made = [OFF, Made("direction:speed-x@+1", "direction", "speed-x", 1.0, speed=1.2), *drawn("random", 0.02)]
+    plain = small(tmp_path / "a", made, tasks=9).subjects[0]
+    assert verdict.judge(plain).does == "yes"
+    assert [b.kind for b in plain.doses[0].bands] == ["random"]
+    # Pooled, the quiet half of 40 draws would hide the loud one's tail; each kind has a band of its own.
+    both = small(tmp_path / "b", [*made, *drawn("random_words", 0.5)], tasks=9).subjects[0]
+    assert [(b.kind, b.draws) for b in both.doses[0].bands] == [("random_words", 20), ("random", 20)]
+    assert both.doses[0].band == both.doses[0].bands[0]
+    told = verdict.judge(both)
+    assert told.does == "not beyond random"
+    assert "of 20 random directions 95 %" in told.evidence
+    assert "of 20 random word directions 95 %" in told.evidence
+
+
 def test_opposite_of_its_name_is_called_so(tmp_path: Path) -> None:
     found = small(tmp_path, [OFF, Made("direction:fast@+1", "direction", "fast", 1.0, speed=0.7)], tasks=9)
     assert verdict.judge(found.subjects[0]).does == "the opposite"

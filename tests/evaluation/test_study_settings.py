@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import fabricate
+import numpy as np
 import pytest
 import study_world
 import yaml
 
 from sim.benchmark import find_task, use_software_rendering
-from sim.evaluation.study.conditions import Condition, resolve
+from sim.evaluation.study.conditions import Condition, directions_of, resolve
 from sim.evaluation.study.plan import jobs
 from sim.evaluation.study.run import reference
 from sim.evaluation.study.settings import PRO, STANDARD, StudySettings, check, read_settings
+from steer_runtime.directions.direction import Direction
+from steer_runtime.directions.store import DirectionStore
 from steer_runtime.errors import SteerError
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 
@@ -186,6 +189,30 @@ def test_random_draws_have_the_form_and_place_of_what_they_answer(policy: OpenVL
     for direction in written:
         assert direction.neurons is not None
         assert sorted(direction.neurons.layer.tolist()) == [1, 1, 2]
+
+
+def test_random_words_answer_what_adds_a_vector(policy: OpenVLAPolicy, folder: Path) -> None:
+    lm = policy.config.lm
+    vector = {2: np.linspace(1, 2, lm.d_model, dtype=np.float32)}
+    added = Direction("push", "lm", policy.model_hash, lm.layers, lm.d_model, lm.d_ff, op="add", dense=vector)
+    DirectionStore(folder).save(added)
+    like = {"like": "push", "strengths": [1], "draws": 2}
+    words, plain = {**like, "kind": "random_words", "words": 3}, {**like, "kind": "random"}
+    drawn = resolve(asked(folder, words, plain), policy)
+    assert [(c.kind, c.label, c.draw) for c in drawn] == [
+        ("random_words", "random_words:push#0@+1", 0), ("random_words", "random_words:push#1@+1", 1),
+        ("random", "random:push#0@+1", 0), ("random", "random:push#1@+1", 1),
+    ]  # fmt: skip
+    written = [c.written.direction for c in drawn if c.written is not None]
+    assert len({d.hash for d in written}) == 4
+    assert all(
+        np.linalg.norm((d.dense or {})[2]) == pytest.approx(np.linalg.norm(vector[2]), rel=1e-5) for d in written
+    )
+    assert len(written[0].provenance["words"]) == 3
+    # What its seed and parent decide is no direction that the sidecar must keep.
+    assert directions_of(drawn) == {}
+    with pytest.raises(SteerError, match="writes neurons: random words are controls of vectors"):
+        resolve(asked(folder, {**words, "like": "pace"}), policy)
 
 
 def test_strengths_below_zero_need_an_axis(policy: OpenVLAPolicy, folder: Path) -> None:

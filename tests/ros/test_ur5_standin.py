@@ -101,20 +101,24 @@ def test_speed_slider_is_told_in_percent_and_stretches_time(ur: UrClient) -> Non
     assert ur.peaks()[0] < 0.3
 
 
-def test_after_unlock_and_play_the_old_motion_goes_on(ur: UrClient) -> None:
+def test_after_unlock_and_play_the_old_motion_goes_on(standin: StandinProcess, ur: UrClient) -> None:
     goal = turn(ur, 1.2, 8.0)
     ur.wait_moving(0.1)
+    told = standin.log().count("protective stop: ")
     assert ur.call("/ur5_standin/protective_stop").success
     ur.wait(lambda: not ur.running[-1][1].data)
     ur.wait_rest()
     left = goal[0] - ur.positions[0]
     assert left > 0.1
+    ur.wait(lambda: standin.log().count("protective stop: ") == told + 1, what="the warning")
     assert "unlock" in ur.call("/dashboard_client/play").message
     ur.wait(lambda: ur.call("/dashboard_client/unlock_protective_stop").success)
     assert ur.scaling[-1][1].data == 0.0
     assert ur.call("/io_and_status_controller/resend_robot_program").success
     ur.wait(lambda: ur.running[-1][1].data)
     ur.wait(lambda: abs(ur.positions[0] - goal[0]) < 2e-3)
+    # Said once a stop, not once a report of it.
+    assert standin.log().count("protective stop: ") == told + 1
 
 
 def test_what_is_sent_while_the_program_stands_is_dropped(ur: UrClient) -> None:

@@ -24,6 +24,7 @@ from sim.evaluation.analysis.estimate import Estimate, PValue
 from sim.evaluation.analysis.measured import Episode, Study
 from sim.evaluation.analysis.metrics import METRICS, first_action, off_axis
 from sim.evaluation.motion import RATE_HZ
+from sim.evaluation.study.kinds import CONTROLS
 from steer_runtime.errors import SteerError
 
 ALPHA = 0.05
@@ -49,7 +50,7 @@ class Effect:
     """One condition against the unsteered one. change: of the claimed metric; mean: the metric's own mean over the pairs;
     share: change relative to the unsteered mean of the same pairs. first: the same change in the first action, before the
     robot moved (open loop). off: metric -> change in standard deviations of the unsteered episodes; damage: their root mean
-    square. all: metric -> change in its unit; dose: the metric's own mean, since the unsteered policy has none. works: see the module; None where no control was run or nothing was tested.
+    square. bands: one for each kind of control that ran, the widest first; band: that one. all: metric -> change in its unit; dose: the metric's own mean, since the unsteered policy has none. works: see the module; None where no control was run or nothing was tested.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Effect:
     p: PValue
     detectable: Estimate
     band: paired.Band
+    bands: tuple[paired.Band, ...]
     first: Estimate
     success: Estimate
     baseline: Estimate
@@ -235,7 +237,7 @@ def _subject(
     tick: Callable[[str], None],
 ) -> Subject:
     mine = sorted((g for g in groups if g.kind == "direction" and g.direction == name), key=lambda g: g.strength or 0.0)
-    draws = [g for g in groups if g.kind == "random" and g.direction == name]
+    draws = [g for g in groups if g.kind in CONTROLS and g.direction == name]
     doses, rivals = [], []
     for group in mine:
         doses.append(_effect(group, off, scales, claim, draws, len(mine)))
@@ -303,6 +305,7 @@ def _effect(
     aside = {name: e for name, e in aside.items() if e.value is not None}
     sizes = [e.value for e in aside.values() if e.value is not None]
     wanted = None if towards is None or change.value is None else change.value * towards > 0
+    bands = _bands(group, off, metric, towards, change.value, draws)
     return Effect(
         label=group.label,
         kind=group.kind,
@@ -312,7 +315,8 @@ def _effect(
         share=change.value / before if before and change.value is not None else None,
         p=paired.sign_flip(values, its),
         detectable=paired.detectable(values, its, alpha=ALPHA / max(1, tests)),
-        band=_band(group, off, metric, towards, change.value, draws),
+        band=bands[0],
+        bands=bands,
         first=_first(both, metric),
         success=_share([a.success for a, _ in both]),
         baseline=_share([b.success for _, b in both]),
@@ -337,15 +341,24 @@ def _towards(group: Group, claim: Claim | None) -> float | None:
     return claim.sign * (-1.0 if (group.strength or 0.0) < 0 else 1.0)
 
 
-def _band(
+def _bands(
     group: Group, off: Group, metric: str | None, towards: float | None, effect: float | None, draws: Sequence[Group]
-) -> paired.Band:
+) -> tuple[paired.Band, ...]:
+    """A band for each kind of control that ran at this strength, the widest first; one without draws where none did.
+
+    Why not one of all draws: draws of a kind that moves nothing would hide those of a kind that does.
+    """
     if metric is None or towards is None:
-        return paired.Band(None, None, 0, 0, None, None, "its name claims no metric")
-    pushed = [differences(g, off, metric)[0] for g in draws if g.strength == group.strength]
-    pushed = [values for values in pushed if values]
-    fewest = min((len(values) for values in pushed), default=0)
-    return paired.control_band(effect, [float(np.mean(values)) for values in pushed], towards, fewest)
+        return (paired.Band(None, None, 0, 0, None, None, "its name claims no metric"),)
+    found = []
+    for kind in CONTROLS:
+        pushed = [differences(g, off, metric)[0] for g in draws if g.kind == kind and g.strength == group.strength]
+        pushed = [values for values in pushed if values]
+        fewest = min((len(values) for values in pushed), default=0)
+        band = paired.control_band(effect, [float(np.mean(values)) for values in pushed], towards, fewest)
+        found.append(replace(band, kind=kind if pushed else ""))
+    known = sorted((b for b in found if b.size is not None), key=lambda b: -(b.size or 0.0))
+    return tuple(known) or (found[0],)
 
 
 def _first(both: Sequence[tuple[Episode, Episode]], metric: str | None) -> Estimate:

@@ -12,10 +12,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sim.evaluation.analysis.verdict import MINUS
+from sim.evaluation.analysis.verdict import DRAWS, MINUS
 
 INK, FAINT, LINE = "#1f2933", "#52606d", "#d5dae0"
 AXIS, BAND, RIVAL, OPPOSITE, LOST = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b91c1c"
+BANDS = {"random": BAND, "random_words": "#7b5ea7"}
 COLOURS = {"direction": AXIS, "prompt": RIVAL, "scale": "#e69f00", "opposite": OPPOSITE}
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
@@ -68,15 +69,18 @@ def _effects(axis: Any, document: Row, subject: Row, doses: Sequence[Row]) -> No
     level = document["unsteered"][metric]["value"]
     before = "unsteered" if level is None else f"unsteered: {level:.3g} {unit}".strip()
     axis.axhline(0, color=FAINT, linewidth=1, label=before)
-    banded = sorted((d for d in doses if d["band"]["size"] is not None), key=lambda d: d["strength"])
-    if banded:
+    for kind, draw in DRAWS.items():
+        banded = [(d["strength"], band) for d in doses for band in d["bands"] if band["kind"] == kind]
+        if not banded:
+            continue
         # No strength, no push: the band closes at 0, where it is not measured.
-        curve = sorted([(0.0, 0.0), *((d["strength"], d["band"]["size"]) for d in banded)])
+        curve = sorted([(0.0, 0.0), *((at, band["size"]) for at, band in banded)])
         x, size = [s for s, _ in curve], [v for _, v in curve]
-        draws = max(d["band"]["draws"] for d in banded)
-        axis.fill_between(x, [-v for v in size], size, color=BAND, alpha=0.14, linewidth=0, label=f"95 % of {draws} random directions")  # fmt: skip
-        for d in banded:
-            axis.plot([d["strength"]] * len(d["band"]["effects"]), d["band"]["effects"], ".", color=BAND, alpha=0.45, markersize=4, zorder=2)  # fmt: skip
+        draws = max(band["draws"] for _, band in banded)
+        color = BANDS[kind]
+        axis.fill_between(x, [-v for v in size], size, color=color, alpha=0.14, linewidth=0, label=f"95 % of {draws} {draw}s")  # fmt: skip
+        for at, band in banded:
+            axis.plot([at] * len(band["effects"]), band["effects"], ".", color=color, alpha=0.45, markersize=4, zorder=2)  # fmt: skip
     known = [d for d in doses if d["change"]["value"] is not None]
     curve = sorted([(0.0, 0.0), *((d["strength"], d["change"]["value"]) for d in known)])
     axis.plot([s for s, _ in curve], [v for _, v in curve], color=AXIS, linewidth=1.6, label=subject["name"], zorder=3)

@@ -29,7 +29,8 @@ _CHUNK = 4_000_000
 class Band:
     """What random directions do at one strength. size: 95th percentile of |effect|; directed: 95th percentile of the effects
     in the wanted direction, at least 0. rank: share of draws, this effect among them, that push at least as far that way,
-    (1 + those) / (1 + draws). beyond: the effect goes the wanted way and farther than `size`. effects: those of the draws."""
+    (1 + those) / (1 + draws). beyond: the effect goes the wanted way and farther than `size`. effects: those of the draws.
+    kind: of the draws, as a study names it; empty where there are none."""
 
     size: float | None
     directed: float | None
@@ -39,6 +40,7 @@ class Band:
     beyond: bool | None
     note: str = ""
     effects: tuple[float, ...] = ()
+    kind: str = ""
 
 
 def sign_flip(differences: Sequence[float], tasks: Sequence[Hashable]) -> PValue:

@@ -13,6 +13,7 @@ from typing import Literal
 from sim.evaluation.analysis.effects import ALPHA, Effect, Subject
 from sim.evaluation.analysis.estimate import Estimate, count
 from sim.evaluation.analysis.metrics import METRICS
+from sim.evaluation.study.kinds import Kind
 
 DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
@@ -29,6 +30,8 @@ SHOWN: dict[Does, str] = {
     "no claim": "claims nothing that is measured",
     "unknown": "could not be tested",
 }
+DRAWS: dict[Kind, str] = {"random": "random direction", "random_words": "random word direction"}
+"""One draw of each kind of control, in words."""
 SMALL = 0.2
 """Standard deviations below which a change off the axis is not told in words (Cohen 1988 calls 0.2 small)."""
 Kept = Literal["held", "lost", "undecided", "unknown"]
@@ -149,10 +152,11 @@ def _evidence(subject: Subject, does: Does, chosen: dict[str, Effect]) -> str:
         return capital(f"{subject.p.note or subject.slope.note}.")
     metric = METRICS[claim.metric]
     text = f"The {metric.what} changes by {' and by '.join(_change(d, metric.unit) for d in chosen.values())}"
-    bands = [f"{number(d.band.size)} at {strength(d)}" for d in chosen.values() if d.band.size is not None]
-    if bands:
-        draws = max(d.band.draws for d in chosen.values())
-        text += f"; of {count(draws, 'random direction')} 95 % change it by less than {' and '.join(bands)}"
+    for kind, draw in DRAWS.items():
+        bands = [(b, d) for d in chosen.values() for b in d.bands if b.kind == kind]
+        if bands:
+            less = " and ".join(f"{number(b.size)} at {strength(d)}" for b, d in bands)
+            text += f"; of {count(max(b.draws for b, _ in bands), draw)} 95 % change it by less than {less}"
     slope = f"{number(subject.slope.value, sign=True)} {metric.unit}".strip()
     text += f". The slope over all strengths is {slope} for strength 1 ({interval(subject.slope, sign=True)}), {equals(subject.adjusted)} after Holm"
     if does == "unknown":

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sim.evaluation.study.kinds import Kind
+from sim.evaluation.study.kinds import CONTROLS, Kind
 from sim.evaluation.study.settings import (
     Opposite,
     Prompt,
     Random,
+    RandomWords,
     Scale,
     Steered,
     StudySettings,
@@ -23,8 +24,9 @@ from sim.evaluation.study.settings import (
     Zero,
 )
 from steer_runtime.directions.direction import Direction
-from steer_runtime.directions.finders.random import controls
+from steer_runtime.directions.finders.random import controls, word_controls
 from steer_runtime.directions.store import DirectionStore
+from steer_runtime.directions.token_basis import TokenBasis
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Policy
 
@@ -96,7 +98,9 @@ def resolve(settings: StudySettings, policy: Policy) -> tuple[Condition, ...]:
 
 def directions_of(conditions: tuple[Condition, ...]) -> dict[str, dict[str, Any]]:
     """id -> card of everything that is written, but random draws, which their seed and parent decide."""
-    written = {c.written.id: c.written.direction for c in conditions if c.written is not None and c.kind != "random"}
+    written = {
+        c.written.id: c.written.direction for c in conditions if c.written is not None and c.kind not in CONTROLS
+    }
     return {id: direction.card() for id, direction in written.items()}
 
 
@@ -126,7 +130,8 @@ class Finder:
         self.policy = policy
         self._store = None if settings.store is None else DirectionStore(settings.store)
         self._found: dict[str, Ends] = {}
-        self._drawn: dict[tuple[str, int, int], list[Direction]] = {}
+        self._drawn: dict[tuple[str, str, int, int], list[Direction]] = {}
+        self._basis: TokenBasis | None = None
 
     def ends(self, name: str) -> Ends:
         if self._store is None:
@@ -139,10 +144,15 @@ class Finder:
                 self._found[name] = Ends(self._load(name), None)
         return self._found[name]
 
-    def draws(self, direction: Direction, count: int, seed: int) -> list[Direction]:
-        key = (direction.id, count, seed)
+    def draws(self, asked: Random, direction: Direction, seed: int) -> list[Direction]:
+        """What a control draws beside a direction. Raises SteerError as `controls` and `word_controls`."""
+        key = (asked.kind, direction.id, asked.draws, seed)
         if key not in self._drawn:
-            self._drawn[key] = controls(direction, self.policy.towers[direction.tower], count, seed)
+            if isinstance(asked, RandomWords):
+                self._basis = self._basis or TokenBasis.of(self.policy)
+                self._drawn[key] = word_controls(direction, self._basis, asked.words, asked.draws, seed)
+            else:
+                self._drawn[key] = controls(direction, self.policy.towers[direction.tower], asked.draws, seed)
         return self._drawn[key]
 
     def _load(self, ref: str) -> Direction:
@@ -181,9 +191,9 @@ def _every(one: Any, finder: Finder) -> Iterator[Condition]:
             for draw in range(one.draws):
                 for s in one.strengths:
                     end = finder.ends(one.like).at(one.like, s)
-                    drawn = finder.draws(end, one.draws, one.seed + (_OTHER_END if s < 0 else 0))[draw]
-                    label = _label("random", f"{one.like}#{draw}", s)
-                    yield Condition(label, "random", one.like, s, draw, one.starts, written=_written(drawn, s))
+                    drawn = finder.draws(one, end, one.seed + (_OTHER_END if s < 0 else 0))[draw]
+                    label = _label(one.kind, f"{one.like}#{draw}", s)
+                    yield Condition(label, one.kind, one.like, s, draw, one.starts, written=_written(drawn, s))
         case Opposite():
             for s in one.strengths:
                 written = _written(_opposite(one, finder, s), -s)

@@ -145,6 +145,16 @@ class Random(_Condition):
     seed: Seed = 0
 
 
+class RandomWords(Random):
+    """Norm-matched differences of random words, where a direction adds a vector (see `finders.random.word_controls`).
+
+    words: of each end of a draw.
+    """
+
+    kind: Literal["random_words"]  # type: ignore[assignment]
+    words: Annotated[int, Field(ge=1, le=100)] = 4
+
+
 class Opposite(_Condition):
     """The other end of an axis; of a direction, the one named `by`, or its own negative where it adds or overrides."""
 
@@ -169,7 +179,9 @@ class Scale(_Condition):
 
 
 AnyCondition: TypeAlias = Annotated[
-    Annotated[Unsteered | Zero | Steered | Random | Opposite | Prompt | Scale, Field(discriminator="kind")],
+    Annotated[
+        Unsteered | Zero | Steered | Random | RandomWords | Opposite | Prompt | Scale, Field(discriminator="kind")
+    ],
     BeforeValidator(_kind_alone),
 ]
 

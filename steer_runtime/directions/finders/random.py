@@ -16,11 +16,13 @@ from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.directions.finders.material import Material
 from steer_runtime.directions.finders.recipe import Recipe
 from steer_runtime.directions.options import RandomOptions
+from steer_runtime.directions.token_basis import TokenBasis
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Tower
 
 _SALT = 0xC0_47_01
 _PAIR_SALT = 0xC0_47_02
+_WORD_SALT = 0xC0_47_03
 
 
 def controls(direction: Direction, tower: Tower, count: int, seed: int) -> list[Direction]:
@@ -64,6 +66,45 @@ def pair_controls(direction: Direction, rows: Mapping[int, np.ndarray], count: i
             made[site] = (step * (float(np.linalg.norm(vector.astype(np.float64))) / size)).astype(np.float32)
         facts = {**_provenance(direction, seed, index), "pair": [first, second]}
         name = f"pair-{direction.hash[:12]}-{index}"
+        drawn.append(replace(direction, name=name, dense=made, proven=False, calibrated=None, provenance=facts))
+    return drawn
+
+
+def word_controls(direction: Direction, basis: TokenBasis, words: int, count: int, seed: int) -> list[Direction]:
+    """As `controls` of a dense direction, from words: v' = ||v|| d / ||d|| at each site, d the mean row of the unembedding over
+    `words` random words minus that over as many others (`TokenBasis.plain_words`).
+
+    What it answers: is it these words that act, or any? The space of words holds directions that a policy was trained to
+    read, which a Gaussian draw of the same norm all but misses, so it is the harder control of a direction made of words.
+
+    Raises SteerError: 'bad_operation' for neurons, 'bad_token_basis' for a basis of another width or with too few words.
+    """
+    if direction.dense is None:
+        raise SteerError(
+            "bad_operation", f"direction {direction.id!r} writes neurons: random words are controls of vectors"
+        )
+    table = basis.unembedding
+    pool = basis.plain_words
+    if table.shape[1] != direction.d_model or len(pool) < 2 * words:
+        raise SteerError(
+            "bad_token_basis",
+            f"the token basis has {len(pool)} plain words of width {table.shape[1]}: expected {2 * words} or more of width "
+            f"{direction.d_model}, that of direction {direction.id!r}",
+        )
+    drawn = []
+    for index in range(count):
+        chosen = np.random.default_rng([seed, _WORD_SALT, index]).choice(pool, 2 * words, replace=False)
+        rows = table[torch.from_numpy(chosen)].detach().to("cpu", torch.float64).numpy()
+        step = rows[:words].mean(0) - rows[words:].mean(0)
+        made = {
+            site: (step * (float(np.linalg.norm(vector.astype(np.float64))) / float(np.linalg.norm(step)))).astype(
+                np.float32
+            )
+            for site, vector in direction.dense.items()
+        }
+        texts = [basis.text(int(token)).strip() for token in chosen]
+        facts = {**_provenance(direction, seed, index), "words": texts[:words], "against": texts[words:]}
+        name = f"words-{direction.hash[:12]}-{index}"
         drawn.append(replace(direction, name=name, dense=made, proven=False, calibrated=None, provenance=facts))
     return drawn
 
