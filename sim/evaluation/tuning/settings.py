@@ -97,8 +97,8 @@ class TuneSettings(StudySettings):
     axis, the positive end moves it that way and the negative one the other way. ends: of an axis, which to tune.
     trials: of each end. batch: trials that are chosen together, before any of them is told: they run side by side, and the
     outcome does not depend on how many workers there are. startup: trials drawn at random before any is chosen by the
-    others. seed: of the sampler. margin: largest loss of success, as a share. damage: largest off-axis change, in standard
-    deviations of the unsteered episodes; null for none. least: pairs before a trial may be stopped for having no effect.
+    others. seed: of the sampler. margin: largest loss of success, as a share. damage: largest off-axis change (`score.Score`), in
+    standard deviations of the unsteered episodes; null for none. least: pairs before a trial may be stopped for having no effect.
     """
 
     name: str
