@@ -170,7 +170,7 @@ def _result(
         "p99.9 of the period within 1.5 ticks": period_ms["p99.9"] <= PERIOD_TICKS * 1000.0 / control_hz,
         "control rate": len(samples.steps) >= 0.99 * expected,
         "memory flat": all(growth[name] <= GROWTH for name in ("policy node", "robot node")),
-        "no command lost": unaccounted == 0 and won,
+        "every command accounted for": unaccounted == 0 and won,
         "no control step lost": lost == 0,
     }
     return Soaked(

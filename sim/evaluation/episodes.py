@@ -248,13 +248,13 @@ def drive(
     return watch.motion()
 
 
-def identity(policy: LoadedPolicy) -> dict[str, str]:
-    """What a result is tied to: name and sha256 of all weights and of the action statistics."""
+def identity(policy: LoadedPolicy) -> dict[str, Any]:
+    """What a result is tied to: name, sha256 of all weights and of the action statistics, and options as they are now."""
     digest = hashlib.sha256(repr(policy.statistics).encode())
     for name, value in sorted(policy.model.state_dict().items()):
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {"name": policy.name, "sha256": digest.hexdigest()}
+    return {"name": policy.name, "sha256": digest.hexdigest(), "options": dict(policy.options)}
 
 
 def configuration(policy: LoadedPolicy, command: str, setting: Setting | None, **more: Any) -> dict[str, Any]:

@@ -1,15 +1,20 @@
-"""A study of a tiny random policy in real scenes, for the tests of `sim.evaluation.study`."""
+"""A study of a tiny random policy in real scenes, and seats without processes, for the tests of `sim.evaluation.study`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fabricate
 import numpy as np
 import yaml
 
 from sim.evaluation.study import records
+from sim.evaluation.study.crew import Refused
+from sim.evaluation.study.episode import EpisodeRunner, Finished, Work, lost
+from sim.evaluation.study.plan import Job
 from sim.evaluation.study.settings import StudySettings, check
 from steer_runtime.directions.direction import Axis, Direction, Neurons
 from steer_runtime.directions.store import DirectionStore
@@ -78,3 +83,79 @@ def require_equal(one: Path, other: Path) -> None:
     ours, theirs = steps_of(one), steps_of(other)
     for name, values in ours.items():
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+
+
+class Here:
+    """A seat of this very process, for a policy that is loaded already."""
+
+    deaths: tuple[type[BaseException], ...] = ()
+
+    def __init__(self, runner: EpisodeRunner) -> None:
+        self._runner = runner
+
+    def open(self, work: Work) -> Future[Refused | None]:
+        self._runner.work = work
+        return _done(None)
+
+    def run(self, job: Job) -> Future[Finished]:
+        return _done(self._runner.run(job))
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+class Gone(Exception):
+    """A worker that is no more."""
+
+
+Death = Literal["", "in", "after"]
+
+
+class Mortal:
+    """A seat without a simulator whose worker dies; its episodes are errored ("made up").
+
+    dies: over which jobs, in them or after they were finished. idle: openings after which it dies at once, counted from 1.
+    loading: openings in which it dies. told: what it was opened with, each time; ran: keys of finished jobs.
+    """
+
+    deaths: tuple[type[BaseException], ...] = (Gone,)
+
+    def __init__(
+        self, dies: Callable[[Job], Death] = lambda job: "", idle: range = range(0), loading: range = range(0)
+    ) -> None:
+        self.told: list[Work] = []
+        self.ran: list[str] = []
+        self._dies, self._idle, self._loading = dies, idle, loading
+        self._alive = False
+
+    def open(self, work: Work) -> Future[Refused | None]:
+        self.told.append(work)
+        if len(self.told) in self._loading:
+            return _died()
+        self._alive = len(self.told) not in self._idle
+        return _done(None)
+
+    def run(self, job: Job) -> Future[Finished]:
+        if not self._alive:
+            raise Gone
+        death = self._dies(job)
+        self._alive = not death
+        if death == "in":
+            return _died()
+        self.ran.append(job.key)
+        return _done(lost(self.told[-1], job, "made up"))
+
+    def close(self) -> None:
+        pass
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+def _died() -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(Gone())
+    return future

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from sim.evaluation.analysis import claims, effects, measured, page, verdict
 from sim.evaluation.analysis.effects import Analysis, Subject
 from sim.evaluation.analysis.measured import Study
+from sim.evaluation.study import records
 from sim.evaluation.study.records import read_episodes
 from steer_runtime.errors import SteerError
 
@@ -126,11 +127,35 @@ def test_off_axis_change_is_in_standard_deviations_and_leaves_out_what_follows_f
     assert abs(lifted.off["speed"].value or 0) > 0.2  # planted: 4 % slower
 
 
-def test_without_effect_no_strength_works_however_many_are_tried(tmp_path: Path) -> None:
-    made = [OFF, *(Made(f"direction:careful-word@{s:+g}", "direction", "careful-word", s) for s in (-1, -0.5, 0.5, 1))]
-    made += [Made(f"random:careful-word#{d}@+1", "random", "careful-word", 1.0, d, speed=1 + d / 100) for d in range(5)]
-    found = small(tmp_path, made, tasks=8, states=1).subjects[0]
-    assert not any(d.works for d in found.doses)
+def test_no_strength_works_where_the_slope_did_not_pass_holm(analysis: Analysis) -> None:
+    speed = subject(analysis, "speed-token")
+    alone = [d.right_way and d.band.beyond and (d.p.p or 1.0) < effects.ALPHA for d in speed.doses]
+    assert alone == [True, None, True]  # each strength by itself looks like an effect
+    assert [d.works for d in effects._decided(speed, 0.049).doses] == [True, None, True]
+    assert [d.works for d in effects._decided(speed, 0.051).doses] == [False, None, False]
+
+
+def test_too_few_pairs_for_holm_are_no_null_result(tmp_path: Path) -> None:
+    fast = [Made(f"direction:fast-{n}@+1", "direction", f"fast-{n}", 1.0, speed=1.5) for n in "ab"]
+    one = small(tmp_path / "one", [OFF, fast[0]], tasks=6).subjects[0]
+    assert (one.p.least, verdict.judge(one).does) == (2 / 64, "no control")
+    for found in small(tmp_path / "two", [OFF, *fast], tasks=6).subjects:
+        told = verdict.judge(found)
+        assert told.does == "unknown"
+        assert "6 pairs cannot reach p < 0.05 after Holm over 2 directions whatever they do" in told.evidence
+        assert "would have been found" not in told.evidence
+
+
+def test_planned_conditions_without_a_row_are_missing(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path / "study", [OFF, Made("direction:fast@+1", "direction", "fast", 1.0, speed=1.5)], tasks=2, states=1)  # fmt: skip
+    sidecar = folder / records.SIDECAR_FILE
+    facts = json.loads(sidecar.read_text())
+    plan = {"unsteered": 2, "direction:fast@+1": 4, "prompt:{}, slowly": 3}
+    sidecar.write_text(json.dumps({**facts, "plan": plan}))
+    found = effects.analyse(measured.load(folder))
+    assert (found.coverage.planned, found.coverage.scored, found.coverage.missing) == (9, 4, 5)
+    assert {label: c.missing for label, c in found.groups.items()} == {"unsteered": 0, "direction:fast@+1": 2, "prompt:{}, slowly": 3}  # fmt: skip
+    assert found.by_kind["prompt"].planned == 3
 
 
 def test_one_start_has_values_and_words_and_no_intervals(tmp_path: Path) -> None:
@@ -272,7 +297,7 @@ def test_command_writes_page_and_summary_and_tells_the_answer(folder: Path, tmp_
     assert done.exit_code == 0, done.output
     assert "speed-token does what its name says" in done.output
     assert out.exists()
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "page.summary.json").read_text())
     assert {a["name"]: a["does"] for a in summary["answers"]} == {
         "speed-token": "yes", "height-token": "no control", "careful-word": "not seen",
     }  # fmt: skip

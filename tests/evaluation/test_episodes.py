@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fabricate
+import fabricate_pi0
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from sim import layouts
 from sim.benchmark import use_software_rendering
 from sim.evaluation import grounding
 from sim.evaluation.axis_video import Shot, film
-from sim.evaluation.episodes import Setting, configuration, official, run_trial, run_trials
+from sim.evaluation.episodes import Setting, configuration, identity, official, run_trial, run_trials
 from sim.libero_robot import LiberoRobot
 from sim.policy_actor import PolicyActor, SharedActor
 from sim.rollout import Assignment, run
@@ -119,6 +120,20 @@ def test_episodes_are_kept_and_not_run_again(policy: OpenVLAPolicy, tmp_path: Pa
     assert [row["key"] for row in rows] == ["task6-state0", "task6-state1"]
     assert all(row["steps"] == SETTING.limit and row["inferences"] == 2 for row in rows)
     assert rows[0]["instruction"] == "pick up the butter and place it in the basket"
+
+
+def test_results_are_tied_to_the_options_of_the_policy(tmp_path: Path) -> None:
+    one = fabricate_pi0.tiny_policy(action_steps=1, euler_steps=1)
+    other = fabricate_pi0.tiny_policy(action_steps=2, euler_steps=4, delta=True)
+    assert identity(one)["sha256"] == identity(other)["sha256"]
+    path = tmp_path / "results.jsonl"
+    for _ in range(2):
+        with results(path, configuration(one, "success", SETTING)):
+            pass
+        one.reset(seed=7)  # an episode was run in between
+    tied = configuration(other, "success", SETTING)
+    with pytest.raises(SteerError, match=r"policy\.options\.delta False \(now True\)"), results(path, tied):
+        pass
 
 
 def test_same_layout_is_asked_for_another_object(scene: Scene, policy: OpenVLAPolicy) -> None:

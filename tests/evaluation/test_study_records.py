@@ -59,15 +59,25 @@ def test_other_shapes_and_columns_are_refused(changes: dict[str, Any]) -> None:
 
 
 def test_missing_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match="cannot be read") as refused:
+    with pytest.raises(SteerError, match="give the --out folder of a study") as refused:
         records.read_episodes(tmp_path)
     assert refused.value.code == "no_study"
+    (tmp_path / "journal.jsonl").touch()
+    with pytest.raises(SteerError, match=r"has a journal and no episodes.parquet yet: .* --tables"):
+        records.read_episodes(tmp_path)
     (tmp_path / records.EPISODES_FILE).write_bytes(b"PAR1 but torn")
     with pytest.raises(SteerError, match="no Parquet file"):
         records.read_episodes(tmp_path)
     pq.write_table(records.steps_table("a", columns()), tmp_path / records.EPISODES_FILE)
     with pytest.raises(SteerError, match="expected those of schema"):
         records.read_episodes(tmp_path)
+    pq.write_table(records.steps_table("a", columns()), tmp_path / records.STEPS_FILE)
+    whole = bytearray((tmp_path / records.STEPS_FILE).read_bytes())
+    whole[8:200] = b"x" * 192
+    (tmp_path / records.STEPS_FILE).write_bytes(whole)
+    with pytest.raises(SteerError, match="is no Parquet file or is torn") as damaged:
+        records.read_steps(tmp_path)
+    assert "\n" not in damaged.value.sentence
     (tmp_path / records.SIDECAR_FILE).write_text("{}")
     with pytest.raises(SteerError, match="is not of schema"):
         records.read_sidecar(tmp_path)

@@ -8,8 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fabricate_pi0
 import numpy as np
@@ -19,11 +23,13 @@ import study_world
 import yaml
 
 from sim.benchmark import use_software_rendering
-from sim.evaluation.study import records
-from sim.evaluation.study.crew import Here
+from sim.evaluation.motion import STILL
+from sim.evaluation.study import episode, records
 from sim.evaluation.study.episode import EpisodeRunner
 from sim.evaluation.study.journal import JOURNAL_FILE, video_path
-from sim.evaluation.study.run import Study, open_journal, prepare, run
+from sim.evaluation.study.plan import Job
+from sim.evaluation.study.recorder import Inference, Seen, Stopwatch
+from sim.evaluation.study.run import DEATHS, OFFERS, Shift, Study, open_journal, open_seats, prepare, run
 from steer_runtime.errors import SteerError
 from steer_runtime.policies import load_policy
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
@@ -85,7 +91,7 @@ def ended(ready: Study, runner: EpisodeRunner, out: Path, stop_after: int | None
     seen: list[Row] = []
     with open_journal(ready, out) as kept:
         run(
-            ready, kept, seats=[Here(runner)], again=again, on_episode=seen.append,
+            ready, kept, seats=[study_world.Here(runner)], again=again, on_episode=seen.append,
             stop=lambda: stop_after is not None and len(seen) >= stop_after,
         )  # fmt: skip
     return out
@@ -219,7 +225,7 @@ def test_any_task_and_any_policy_run_and_letting_go_is_looked_for(tmp_path: Path
     study = prepare(wanted, pi0)
     worker = EpisodeRunner(study.work, pi0)
     with open_journal(study, tmp_path) as kept:
-        run(study, kept, seats=[Here(worker)], videos=True)
+        run(study, kept, seats=[study_world.Here(worker)], videos=True)
     worker.close()
     first, second = study_world.rows_of(tmp_path)
     assert first["instruction"] == "open the middle drawer of the cabinet"
@@ -231,6 +237,162 @@ def test_any_task_and_any_policy_run_and_letting_go_is_looked_for(tmp_path: Path
     assert set(steps["held"]) == {None}
     assert np.isnan(steps["entropy"]).all()
     assert video_path(tmp_path, first["key"]).read_bytes()[4:8] == b"ftyp"
+
+
+# -- another policy file ---------------------------------------------------------------------------------------------
+
+
+def test_another_policy_file_is_refused_in_the_folder_and_by_a_worker(tmp_path: Path) -> None:
+    one = fabricate_pi0.tiny_policy(action_steps=1, euler_steps=1)
+    other = fabricate_pi0.tiny_policy(action_steps=2, euler_steps=4, delta=True)
+    wanted = study_world.settings(policy="tiny", store="none", conditions=["unsteered"])
+    study = prepare(wanted, one)
+    assert json.loads(json.dumps(study.facts["policy"]["options"])) == one.options
+    with open_journal(study, tmp_path):
+        pass
+    changed = prepare(wanted, other)
+    with pytest.raises(SteerError, match=r"action_steps 1 \(now 2\)") as refused, open_journal(changed, tmp_path):
+        pass
+    assert refused.value.code == "other_configuration"
+    told = r"action_steps 2 \(the study has 1\), delta True \(the study has False\), euler_steps 4"
+    with pytest.raises(SteerError, match=told) as refused:
+        EpisodeRunner(study.work, other)
+    assert refused.value.code == "other_model"
+    EpisodeRunner(study.work, one)
+
+
+# -- workers that die ------------------------------------------------------------------------------------------------
+
+
+def worked(ready: Study, out: Path, *seats: study_world.Mortal) -> list[str]:
+    """Errors of the episodes by this crew, in the order of the plan."""
+    with open_journal(ready, out) as kept:
+        run(ready, kept, seats=seats)
+        return [row["error"] for row in kept.done(ready.planned).values()]
+
+
+def test_a_worker_that_died_with_nothing_to_do_is_opened_anew_as_itself(ready: Study, tmp_path: Path) -> None:
+    # While the other one loaded, and after its second episode.
+    first = study_world.Mortal()
+    second = study_world.Mortal(lambda job: "after" if len(second.ran) == 1 else "", idle=range(1, 2))
+    assert worked(ready, tmp_path, first, second) == ["made up"] * EPISODES
+    assert [work.worker for work in first.told] == [0]
+    assert [work.worker for work in second.told] == [1, 1, 1]
+
+
+def test_a_worker_that_died_over_an_episode_is_opened_anew_as_itself(ready: Study, tmp_path: Path) -> None:
+    deadly = ready.planned[3].key
+    first = study_world.Mortal(lambda job: "in" if job.key == deadly else "")
+    second = study_world.Mortal(lambda job: "in" if job.key == deadly or len(second.told) == 1 else "")
+    errors = worked(ready, tmp_path, first, second)
+    assert (errors.count("made up"), f"ended {DEATHS} times" in errors[3]) == (EPISODES - 1, True)
+    assert {work.worker for work in first.told} == {0}
+    assert {work.worker for work in second.told} == {1}
+    assert len(first.told) + len(second.told) == 2 + DEATHS + 1
+
+
+class InTurn(deque[Job]):
+    """A queue of one place after the other."""
+
+    def next(self, now: object) -> Job | None:
+        return self.popleft() if self else None
+
+    put_back = deque.appendleft
+
+
+def test_a_worker_that_died_over_the_last_episode_takes_those_of_the_next_shift(ready: Study, tmp_path: Path) -> None:
+    last, then = ready.planned[:2]
+    seat = study_world.Mortal(lambda job: "in" if job is last else "")
+    open_seats([seat], ready.work)
+    with open_journal(ready, tmp_path) as kept:
+        for job in (last, then):
+            Shift(ready.work, InTurn([job]), kept, lambda: False, None).work_on([seat])
+        assert [job.key for job in (last, then) if job.key in kept.done(ready.planned)] == [last.key, then.key]
+    assert seat.ran == [then.key]
+    assert len(seat.told) == 1 + DEATHS
+
+
+@pytest.mark.parametrize("dead", [{"loading": range(2, 99)}, {"idle": range(2, 99)}])
+def test_a_worker_that_dies_again_and_again_ends_the_study_in_a_sentence(
+    ready: Study, tmp_path: Path, dead: dict[str, range]
+) -> None:
+    seat = study_world.Mortal(lambda job: "after", **dead)
+    with open_journal(ready, tmp_path) as kept:
+        with pytest.raises(SteerError, match="fewer --workers") as refused:
+            run(ready, kept, seats=[seat])
+        # The episode that was finished before is kept.
+        assert list(kept.done(ready.planned)) == seat.ran == [ready.planned[0].key]
+    assert refused.value.code == "worker_died"
+    assert len(seat.told) <= 1 + OFFERS
+
+
+# -- what goes wrong after the last step -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_up(ready: Study, policy: OpenVLAPolicy, monkeypatch: pytest.MonkeyPatch) -> EpisodeRunner:
+    """Runs episodes without a scene, and films them."""
+    monkeypatch.setattr(EpisodeRunner, "_scene_of", lambda self, job: None)
+    monkeypatch.setattr(EpisodeRunner, "_state", lambda self, job, scene, clock: None)
+    monkeypatch.setattr(episode._Episode, "run", lambda self, scene, state: {"status": "done", "success": True})
+    monkeypatch.setattr(episode._Episode, "steps", lambda self: {"step": [0]})
+    monkeypatch.setattr(episode._Episode, "video", lambda self: b"film")
+    return EpisodeRunner(replace(ready.work, videos=True), policy)
+
+
+def fails(self: object) -> Any:
+    raise ValueError("of no use")
+
+
+def test_a_film_that_fails_costs_no_episode(
+    ready: Study, made_up: EpisodeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert made_up.run(ready.planned[0]).video == b"film"
+    monkeypatch.setattr(episode._Episode, "video", fails)
+    finished = made_up.run(ready.planned[0])
+    assert (finished.row["status"], finished.row["success"], finished.video) == ("done", True, b"")
+    assert finished.row["no_video"] == "ValueError: of no use"
+    assert finished.steps == {"step": [0]}
+
+
+def test_steps_that_fail_make_the_episode_errored(
+    ready: Study, made_up: EpisodeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(episode._Episode, "steps", fails)
+    finished = made_up.run(ready.planned[0])
+    assert (finished.row["status"], finished.row["error"]) == ("errored", "ValueError: of no use")
+    assert "success" not in finished.row
+    assert not finished.steps
+
+
+HELD, FREE, NOT_YET = Seen(True, False), Seen(True, True), Seen(False, True)
+
+
+@pytest.mark.parametrize(
+    ("after", "limit", "seen", "released", "taken"),
+    [
+        (5, 6, [NOT_YET, NOT_YET, *[HELD] * 9], None, 6),  # the limit came first
+        (5, 6, [HELD] * 9, False, 6),  # at the limit, with all steps
+        (3, 99, [NOT_YET, *[HELD] * 9], False, 5),
+        (99, 99, [HELD, *[FREE] * STILL], True, 1 + STILL),
+        (99, 1 + STILL, [HELD, *[FREE] * STILL], True, 1 + STILL),  # at the limit, let go
+        (5, 3, [NOT_YET] * 9, False, 3),  # no success, nothing to let go of
+        (0, 9, [NOT_YET, HELD], None, 2),  # not looked for
+    ],
+)
+def test_a_hand_is_said_to_hold_on_only_where_it_had_the_time(
+    ready: Study, policy: OpenVLAPolicy, monkeypatch: pytest.MonkeyPatch,
+    after: int, limit: int, seen: Sequence[Seen], released: bool | None, taken: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(episode, "observation_of", lambda *_: None)
+    work = replace(ready.work, shared={**ready.work.shared, "after_success": after})
+    one = episode._Episode(work, policy, replace(ready.planned[0], limit=limit), Stopwatch())
+    shown = iter(seen)
+    scene: Any = SimpleNamespace(step=lambda action: None)
+    recorder: Any = SimpleNamespace(add=lambda *_: next(shown))
+    given = Inference(0, np.zeros((99, 7)), np.zeros(99), 0.0, 0.0, 0, 0, None, np.zeros((0, 0, 3), np.uint8))
+    outcome = one._drive(scene, recorder, lambda _: given)
+    assert (outcome["released"], one.taken) == (released, taken)
 
 
 # -- processes, killed; Ray ------------------------------------------------------------------------------------------
@@ -335,3 +497,20 @@ def test_interrupt_finishes_what_runs_and_writes_the_tables(config: Path, two_ta
 def test_ray_gives_the_same_rows(config: Path, two_tasks: Path, tmp_path: Path) -> None:
     assert command(config, tmp_path, "--ray", "local", "--workers", "2").wait() == 0
     study_world.require_equal(two_tasks, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(3600)
+def test_two_nodes_of_a_cluster_give_the_same_rows(config: Path, two_tasks: Path, tmp_path: Path) -> None:
+    """A head and a second node on the loopback interface, a CPU each, as `ray start` makes them."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1)
+        assert command(config, tmp_path, "--ray", nodes.address, "--workers", "2").wait() == 0
+    finally:
+        nodes.shutdown()
+    study_world.require_equal(two_tasks, tmp_path)
+    # A worker holds a CPU, so no node had room for both.
+    assert set(records.read_episodes(tmp_path).column("worker").to_pylist()) == {0, 1}

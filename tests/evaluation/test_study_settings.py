@@ -53,11 +53,18 @@ def asked(folder: Path, *conditions: Any, **changes: Any) -> StudySettings:
         ({"conditions": [{**STEERED, "strengths": [1.5]}]}, r"strengths.0: Input should be less than or equal to 1"),
         ({"conditions": [{**STEERED, "strengths": [float("nan")]}]}, r"strengths.0: Input should be"),
         ({"conditions": [{**STEERED, "strengths": [1, 1]}]}, r"strengths: a number is given twice"),
+        ({"conditions": [{**STEERED, "strengths": [True]}]}, r"strengths.0: expected a number"),
+        ({"conditions": [{"kind": "scale", "factors": [True]}]}, r"factors.0: expected a number"),
         ({"conditions": [{**STEERED, "draws": 3}]}, r"draws: Extra inputs are not permitted"),
         ({"conditions": [{"kind": "prompt", "wording": "slowly"}]}, r"wording: expected a wording with \{\} once"),
         ({"conditions": [{"kind": "scale", "factors": [0]}]}, r"factors.0: Input should be greater than 0"),
         ({"suites": [{"suite": "libero_object", "tasks": "0-x"}]}, r"tasks.*expected whole numbers such as 0-4,7"),
         ({"suites": [{"suite": "libero_object", "tasks": [1, 1]}]}, r"tasks.*a number is given twice"),
+        ({"suites": [{"suite": "libero_object", "tasks": "5-3,0"}]}, r"tasks.*5-3 counts down"),
+        (
+            {"suites": [{"suite": "libero_object", "starts": "0-9999999"}]},
+            r"starts: 0-9999999 is more than 100000 numbers",
+        ),
         ({"suites": [{"suite": "libero_object", "starts": 0}]}, r"starts: expected at least 1"),
         ({"suites": [{"suite": "libero_object", "limit": 0}]}, r"limit: Input should be greater than or equal to 1"),
         ({"suites": [{"suite": "libero_object", "layout": "wild"}]}, r"layout: Input should be 'official'"),
@@ -82,6 +89,29 @@ def test_unreadable_yaml_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SteerError, match="is not readable YAML") as refused:
             read_settings(path)
         assert "\n" not in refused.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("policy: a\nconditions: [unsteered]\nconditions: [zero]\n", "key 'conditions' is given twice"),
+        ("seeds: 2020-13-45\n", "is not readable YAML"),
+        ("[" * 5000, "is not readable YAML"),
+    ],
+)
+def test_yaml_that_says_two_things_or_nothing_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SteerError, match=sentence) as refused:
+        read_settings(tmp_path / "a.yaml")
+    assert "\n" not in refused.value.sentence
+    assert len(refused.value.sentence) < 1000
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    plain = yaml.safe_dump(study_world.plain("./p.yaml", "store", conditions=["unsteered"]))
+    (tmp_path / "a.yaml").write_text(plain + "<<: {size: 64, meshes: original}\n")
+    found = read_settings(tmp_path / "a.yaml")
+    assert (found.size, found.meshes) == (32, "thin")
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -230,6 +260,13 @@ def test_the_reference_simulator_is_told_by_its_versions() -> None:
     assert reference({"mujoco": "3.2.3", "robosuite": "1.4.0"})["is_reference"]
     other = reference({"mujoco": "3.17.0", "robosuite": "1.4.0"})
     assert (other["is_reference"], other["differing"]) == (False, {"mujoco": "3.17.0"})
+
+
+def test_a_condition_of_no_task_is_refused(folder: Path, policy: OpenVLAPolicy) -> None:
+    slow = {"kind": "prompt", "wording": "{}, slowly", "tasks": [7]}
+    settings = asked(folder, "unsteered", slow)
+    with pytest.raises(SteerError, match=r"'prompt:\{\}, slowly' runs on no task: its `tasks` \[7\]"):
+        jobs(settings, resolve(settings, policy))
 
 
 def test_a_condition_may_be_of_some_tasks_alone(folder: Path, policy: OpenVLAPolicy) -> None:

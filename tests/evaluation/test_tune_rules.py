@@ -11,8 +11,11 @@ import tune_world
 import yaml
 from hypothesis import HealthCheck, given, settings, strategies
 
+from sim.evaluation.analysis.estimate import Estimate
+from sim.evaluation.analysis.metrics import spreads
+from sim.evaluation.tuning.held_out import Checked, verified_range
 from sim.evaluation.tuning.plan import bare, require_apart
-from sim.evaluation.tuning.score import Aim, Pair, Score, Seen, front, hopeless, score, spreads
+from sim.evaluation.tuning.score import Aim, Pair, Score, Seen, front, hopeless, score
 from sim.evaluation.tuning.settings import Search, read_tuning
 from sim.evaluation.tuning.space import Point, require, shaped, unchanged
 from steer_runtime.directions.direction import Direction, Neurons
@@ -131,8 +134,9 @@ def test_the_effect_counts_the_wanted_way_and_damage_in_unsteered_deviations() -
 
 
 def test_a_metric_that_never_varies_has_its_floor_as_its_scale() -> None:
-    assert spreads([seen(), seen()])["speed"] == 0.5
-    assert spreads([seen(speed=8.0), seen(speed=12.0)])["speed"] == pytest.approx(np.sqrt(8))
+    still, moving = seen(), [seen(speed=8.0), seen(speed=12.0)]
+    assert spreads([still.metrics, still.metrics])["speed"] == 0.5
+    assert spreads([one.metrics for one in moving])["speed"] == pytest.approx(np.sqrt(8))
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -171,6 +175,29 @@ def test_the_front_holds_what_no_other_beats() -> None:
     assert front(scores) == [2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("verified", "expected"),
+    [
+        ({1.0: True, 0.75: True, 0.5: True}, (0.5, 1.0)),
+        ({1.0: True, 0.75: True, 0.5: False, 0.25: True}, (0.75, 1.0)),
+        ({1.0: True, 0.75: False, 0.5: True, 0.25: True}, (0.25, 0.5)),
+        ({1.0: False, 0.75: True, 0.5: True, 0.25: False}, (0.5, 0.75)),
+        ({1.0: True, 0.75: False, 0.5: True, 0.25: False}, None),
+        ({1.0: True}, None),
+        ({}, None),
+    ],
+)
+def test_the_range_is_of_the_strongest_neighbours_that_are_verified(
+    verified: dict[float, bool], expected: tuple[float, float] | None
+) -> None:
+    unknown = Estimate(None)
+    checked = [
+        Checked("positive", s, unknown, unknown, unknown, unknown, "held", None, 9, () if good else ("x",))
+        for s, good in sorted(verified.items())
+    ]
+    assert verified_range(checked) == expected
+
+
 # -- what a file may say ---------------------------------------------------------------------------------------------
 
 
@@ -182,6 +209,8 @@ def test_the_front_holds_what_no_other_beats() -> None:
         ({"search": {"spans": [["pictures"]]}}, "search.spans"),
         ({"search": {"layers": [[1], [1]]}}, "given twice"),
         ({"search": {"alphas": [1, 2]}}, "search.alphas"),
+        ({"on": "sped"}, r"tune\.yaml: on: expected one of .*, or with a - .*nearest .*'speed'.*\(given 'sped'\)"),
+        ({"on": "-sped"}, r"nearest .*'speed'.*\(given '-sped'\)"),
         ({"trials": 0}, "trials"),
         ({"margin": 1.0}, "margin"),
         ({"held_out": {"suites": tune_world.SUITES, "shares": [1.0]}}, "held_out.shares"),
@@ -195,6 +224,15 @@ def test_a_bad_file_is_refused_in_one_sentence(tmp_path: Path, changes: dict[str
     with pytest.raises(SteerError, match=says) as refused:
         read_tuning(path)
     assert "\n" not in refused.value.sentence
+
+
+@pytest.mark.parametrize("key", ["on", "'on'"])
+def test_the_metric_may_be_named_with_and_without_quotes(tmp_path: Path, key: str) -> None:
+    """`on` alone is true in YAML 1.1."""
+    path = tmp_path / "tune.yaml"
+    others = {name: value for name, value in tune_world.plain().items() if name != "on"}
+    path.write_text(f"{key}: -speed\n{yaml.safe_dump(others)}")
+    assert read_tuning(path).on == "-speed"
 
 
 def test_held_out_starts_that_a_trial_sees_are_refused(tmp_path: Path) -> None:

@@ -62,6 +62,16 @@ def test_only_the_first_rows_are_handed_on_where_asked() -> None:
     np.testing.assert_array_equal(first, whole[:2])
 
 
+def test_options_are_those_of_now_and_the_seed_is_the_loaded_one() -> None:
+    policy = fabricate_pi0.tiny_policy(action_steps=2)
+    before = policy.options
+    policy.reset(seed=5)
+    assert policy.options == before
+    policy.action_steps = 3
+    assert (before["action_steps"], policy.options["action_steps"], policy.options["seed"]) == (2, 3, 0)
+    assert json.loads(json.dumps(policy.options)) == policy.options
+
+
 def test_noise_is_that_of_the_episode_and_the_inference(policy: Pi0Policy) -> None:
     observation = fabricate_pi0.make_observation()
 
@@ -280,6 +290,10 @@ def test_a_file_says_everything(tmp_path: Path) -> None:
     assert (policy.name, policy.cameras, policy.euler_steps, policy.action_steps, policy.delta, policy.seed) == (
         "mine", ("agentview",), 2, 3, True, 9,
     )  # fmt: skip
+    assert policy.options == {
+        "cameras": ["agentview"], "delta": True, "euler_steps": 2, "action_steps": 3, "seed": 9, "rate_hz": 20.0,
+        "dtype": "float32",
+    }  # fmt: skip
     assert policy.towers["expert"].firings_per_inference == 2
     assert policy.infer(fabricate_pi0.make_observation()).actions.shape == (3, 7)
 

@@ -32,13 +32,15 @@ def test_a_file_loads_the_checkpoint_beside_it(tmp_path: Path) -> None:
     fabricate.save_tiny(tmp_path / "weights")
     policy = load_policy(_write(tmp_path / "mine.yaml"), dtype=torch.bfloat16)
     assert (policy.name, policy.unembedding.dtype, policy.trained) == ("mine", torch.bfloat16, False)
+    assert policy.options == {"cameras": ["agentview"], "rate_hz": 20.0, "dtype": "bfloat16"}
 
 
 def test_a_file_may_give_the_control_steps_more_time(tmp_path: Path) -> None:
     fabricate.save_tiny(tmp_path / "weights")
     usual = load_policy(_write(tmp_path / "mine.yaml")).action_space
-    slower = load_policy(_write(tmp_path / "mine.yaml", rate_hz=8)).action_space
-    assert slower == replace(usual, rate_hz=8.0)
+    slower = load_policy(_write(tmp_path / "mine.yaml", rate_hz=8, camera="front"))
+    assert slower.action_space == replace(usual, rate_hz=8.0)
+    assert slower.options == {"cameras": ["front"], "rate_hz": 8.0, "dtype": "float32"}
     with pytest.raises(SteerError, match="rate_hz"):
         load_policy(_write(tmp_path / "mine.yaml", rate_hz=0))
 

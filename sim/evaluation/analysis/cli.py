@@ -21,7 +21,8 @@ def report(
         typer.Option(help="NAME=METRIC or NAME=-METRIC: what a direction claims whose name does not tell it."),
     ] = None,
 ) -> None:
-    """Does each direction do what its name says, and at what price? One HTML page, and summary.json beside it.
+    """Does each direction do what its name says, and at what price? One HTML page, and every number beside it: summary.json, NAME.summary.json
+    of --out NAME.html.
 
     A study that is not finished is reported as far as it is; what is missing is told.
     """
@@ -55,5 +56,6 @@ def report(
     document = page.document(read, analysis, command)
     for answer in document["answers"]:
         typer.echo(f"{answer['headline']} {answer['evidence']}")
-    typer.echo(str(page.save(document, path.with_name("summary.json"))))
+    # Two pages of a folder have a summary each.
+    typer.echo(str(page.save(document, path.with_name("summary.json" if out is None else f"{path.stem}.summary.json"))))
     typer.echo(str(page.render(document, path, study)))

@@ -22,7 +22,7 @@ from sim.evaluation.analysis import paired, shares
 from sim.evaluation.analysis.claims import Claim, claim_of, claim_of_prompt
 from sim.evaluation.analysis.estimate import Estimate, PValue
 from sim.evaluation.analysis.measured import Episode, Study
-from sim.evaluation.analysis.metrics import METRICS, first_action, off_axis
+from sim.evaluation.analysis.metrics import METRICS, first_action, off_axis, spreads
 from sim.evaluation.motion import RATE_HZ
 from sim.evaluation.study.kinds import CONTROLS
 from steer_runtime.errors import SteerError
@@ -50,7 +50,8 @@ class Effect:
     """One condition against the unsteered one. change: of the claimed metric; mean: the metric's own mean over the pairs;
     share: change relative to the unsteered mean of the same pairs. first: the same change in the first action, before the
     robot moved (open loop). off: metric -> change in standard deviations of the unsteered episodes; damage: their root mean
-    square. bands: one for each kind of control that ran, the widest first; band: that one. all: metric -> change in its unit; dose: the metric's own mean, since the unsteered policy has none. works: see the module; None where no control was run or nothing was tested.
+    square. bands: one for each kind of control that ran, the widest first; band: that one. released: share in which the hand let go of the
+    object after success, of episodes that went on long enough to see it. all: metric -> change in its unit; dose: the metric's own mean, since the unsteered policy has none. works: see the module; None where no control was run or nothing was tested.
     """
 
     label: str
@@ -66,6 +67,7 @@ class Effect:
     first: Estimate
     success: Estimate
     baseline: Estimate
+    released: Estimate
     mcnemar: PValue
     non_inferiority: shares.NonInferiority
     off: Mapping[str, Estimate]
@@ -93,7 +95,7 @@ class Subject:
     """A direction or axis. slope: change of the metric for strength 1 (see `slope`); p: its test, adjusted: by Holm.
 
     rivals: prompts, scaled actions and the opposite that claim the same metric. monotone: no strength undoes what a smaller
-    one did; None below two strengths.
+    one did; None below two strengths. tests: directions whose slopes Holm judged together, this one among them.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Subject:
     rivals: tuple[Effect, ...]
     monotone: bool | None
     tasks: tuple[TaskRow, ...]
+    tests: int = 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def analyse(
             f"{study.folder} has no scored unsteered episode, and effects are told against those: add the condition "
             "`unsteered` to the study, or let it run on",
         )
-    scales = _scales(off)
+    scales = spreads([e.metrics for e in off.scored.values()])
     tick = on_condition or (lambda _: None)
     names = dict.fromkeys(g.direction for g in groups if g.kind == "direction" and g.direction is not None)
     claims = {name: claim_of(name, told or {}) for name in names}
@@ -145,18 +148,20 @@ def analyse(
     alpha = ALPHA / max(1, sum(claim is not None for claim in claims.values()))
     drafts = [_subject(name, claim, groups, off, scales, alpha, tick) for name, claim in claims.items()]
     adjusted = paired.holm({s.name: s.p.p for s in drafts})
-    subjects = tuple(_decided(s, adjusted[s.name]) for s in drafts)
+    tests = max(1, sum(s.p.p is not None for s in drafts))
+    subjects = tuple(replace(_decided(s, adjusted[s.name]), tests=tests) for s in drafts)
     scored = list(off.scored.values())
-    kinds = dict.fromkeys(g.kind for g in groups)
+    covered = _covered(groups, study.facts)
+    kinds = dict.fromkeys(kind for kind, _ in covered.values())
     return Analysis(
         subjects=subjects,
         unsteered={name: _level(name, scored) for name in METRICS},
         success=_share([e.success for e in scored]),
         released=_share([e.released for e in scored if e.released is not None]),
         zero=_zero(groups, off),
-        coverage=_planned(_sum([g.coverage for g in groups]), study.facts),
-        by_kind={kind: _sum([g.coverage for g in groups if g.kind == kind]) for kind in kinds},
-        groups={g.label: g.coverage for g in groups},
+        coverage=_sum([c for _, c in covered.values()]),
+        by_kind={kind: _sum([c for k, c in covered.values() if k == kind]) for kind in kinds},
+        groups={label: c for label, (_, c) in covered.items()},
         tasks=len({e.task for e in study.episodes}),
     )
 
@@ -320,6 +325,7 @@ def _effect(
         first=_first(both, metric),
         success=_share([a.success for a, _ in both]),
         baseline=_share([b.success for _, b in both]),
+        released=_share([a.released for a, _ in both if a.released is not None]),
         mcnemar=shares.mcnemar([bool(a.success) for a, _ in both], [bool(b.success) for _, b in both]),
         non_inferiority=shares.non_inferiority([bool(a.success) for a, _ in both], [bool(b.success) for _, b in both], tasks),
         off=aside,
@@ -431,17 +437,6 @@ def _zero(groups: Sequence[Group], off: Group) -> tuple[int, int]:
     return pairs, equal
 
 
-def _scales(off: Group) -> dict[str, float]:
-    """Standard deviation of each metric over the unsteered episodes, at least its floor; without those nobody measured."""
-    out = {}
-    for name, metric in METRICS.items():
-        values = [e.metrics[name] for e in off.scored.values() if e.metrics.get(name) is not None]
-        if values:
-            spread = float(np.std(np.array(values, dtype=np.float64), ddof=1)) if len(values) > 1 else 0.0
-            out[name] = max(metric.floor, spread)
-    return out
-
-
 def _scaled(estimate: Estimate, scale: float) -> Estimate:
     def by(value: float | None) -> float | None:
         return None if value is None else value / scale
@@ -463,10 +458,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _planned(found: shares.Coverage, facts: Mapping[str, Any]) -> shares.Coverage:
-    """With the episodes that were planned and have no row."""
-    planned = facts.get("episodes", {}).get("planned", found.planned)
-    return replace(found, planned=max(int(planned), found.planned))
+def _covered(groups: Sequence[Group], facts: Mapping[str, Any]) -> dict[str, tuple[str, shares.Coverage]]:
+    """Label -> (kind, coverage), also of conditions that were planned and have no row yet.
+
+    facts: `plan` is label -> episodes planned; rows alone say nothing of what is missing.
+    """
+    plan: Mapping[str, int] = facts.get("plan") or {}
+    out = {g.label: (g.kind, g.coverage) for g in groups}
+    for label, planned in plan.items():
+        kind, seen = out.get(label, (label.partition(":")[0], shares.Coverage(0, 0, 0, 0)))
+        out[label] = kind, replace(seen, planned=max(planned, seen.planned))
+    return out
 
 
 def _sum(parts: Sequence[shares.Coverage]) -> shares.Coverage:

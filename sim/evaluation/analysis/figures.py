@@ -18,7 +18,7 @@ INK, FAINT, LINE = "#1f2933", "#52606d", "#d5dae0"
 AXIS, BAND, RIVAL, OPPOSITE, LOST = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b91c1c"
 BANDS = {"random": BAND, "random_words": "#7b5ea7"}
 COLOURS = {"direction": AXIS, "prompt": RIVAL, "scale": "#e69f00", "opposite": OPPOSITE}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#edf0f3", "grid.linewidth": 0.8, "axes.axisbelow": True,
@@ -34,7 +34,7 @@ def subject(document: Row, subject: Row) -> str:
     from matplotlib.figure import Figure
 
     doses, rivals = subject["doses"], subject["rivals"]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9.6, 6.4), layout="constrained")
         if rivals:
             wide = min(4.6, 0.35 + 0.66 * len(rivals))
@@ -60,7 +60,7 @@ def subject(document: Row, subject: Row) -> str:
         # Last: room for the legend above everything that is drawn.
         low, high = left[0].get_ylim()
         left[0].set_ylim(low, high + 0.16 * (high - low))
-        return _uri(figure)
+        return uri(figure)
 
 
 def _effects(axis: Any, document: Row, subject: Row, doses: Sequence[Row]) -> None:
@@ -161,7 +161,8 @@ def wrapped(text: str, width: int = 10) -> str:
     return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
 
 
-def _uri(figure: Any) -> str:
+def uri(figure: Any) -> str:
+    """data: URI of a figure, as an SVG."""
     sink = io.BytesIO()
     figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(sink.getvalue()).decode()

@@ -9,7 +9,7 @@ after letting go is no part of the task. *Run*: from the start until success, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,6 +198,19 @@ CLAIMS: Mapping[str, tuple[str, float]] = {
     "careful": ("near_speed", -1.0),
 }
 """Axis -> the metric that its positive end claims to move, and the sign with which it does."""
+
+
+def spreads(unsteered: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Standard deviation of each metric over unsteered episodes, at least its floor; without those that nobody measured.
+
+    Why the floor: a metric that never varies would make any change of it infinite damage.
+    """
+    out = {}
+    for name, metric in METRICS.items():
+        values = [value for one in unsteered if (value := one.get(name)) is not None]
+        if values:
+            out[name] = max(metric.floor, float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+    return out
 
 
 def first_action(metric: str, action: np.ndarray, position_scale_m: float, rate: float) -> float | None:

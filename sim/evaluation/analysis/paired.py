@@ -133,13 +133,11 @@ def detectable(
 ) -> Estimate:
     """Smallest mean difference that this design would find with probability `power` at a two-sided `alpha`.
 
-    delta * s, delta: effect size of a one-sample t test with as many samples as tasks (pairs where there is one task), by
-    statsmodels; s: standard error of the mean, clustered by task, times the root of that number. Why: a null result says
+    delta * s, delta: effect size at which a one-sample t test of as many samples as tasks (pairs where there is one task) has
+    that power; s: standard error of the mean, clustered by task, times the root of that number. Why: a null result says
     something only beside the effect that it would have missed. From the observed spread: it tells what is needed next time,
     not whether the effect at hand is real.
     """
-    from statsmodels.stats.power import TTestPower
-
     values = finite(differences, "differences")
     groups = _groups(values, tasks) if len(set(tasks)) > 1 else [np.array([v]) for v in values]
     units, n = len(groups), len(values)
@@ -149,8 +147,25 @@ def detectable(
     spread = float(np.sqrt((residual**2).sum() * units / (units - 1)) / n * np.sqrt(units))
     if spread <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return Estimate(None, n=n, tasks=len(set(tasks)), note="all differences alike: no spread to reckon with")
-    delta = TTestPower().solve_power(nobs=units, alpha=alpha, power=power, alternative="two-sided")
-    return Estimate(float(np.squeeze(delta)) * spread, n=n, tasks=len(set(tasks)))
+    return Estimate(_effect_size(units, alpha, power) * spread, n=n, tasks=len(set(tasks)))
+
+
+def _effect_size(units: int, alpha: float, power: float) -> float:
+    """d at which P(|T| > t(1 - alpha/2)) = power, T noncentral t with units - 1 degrees of freedom and noncentrality
+    d sqrt(units) (Cohen 1988, chapter 2). By bisection: statsmodels' solver stops far from it below five samples."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    freedom, root = units - 1, units**0.5
+    edge = float(t.ppf(1 - alpha / 2, freedom))
+
+    def short(size: float) -> float:
+        return float(nct.sf(edge, freedom, size * root) + nct.sf(edge, freedom, -size * root)) - power
+
+    high = 1.0
+    while short(high) < 0:
+        high *= 2
+    return float(brentq(short, 0.0, high))
 
 
 def control_band(effect: float | None, draws: Sequence[float], sign: float, pairs: int) -> Band:

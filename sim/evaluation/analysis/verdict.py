@@ -65,16 +65,17 @@ class Verdict:
 def judge(subject: Subject) -> Verdict:
     """yes: the slope passes Holm the named way and some strength works. no control: the slope does, and no strength has a
     band. not beyond random: the slope does, and no strength is beyond its band at p < 0.05. the opposite: the slope passes
-    the other way, and some strength is beyond its band, or none has one. opposite within random: none is. not seen: it does not pass. unknown: so few pairs could not have passed, whatever they did. Each end is told at the strength that works, keeps success best, and moves
+    the other way, and some strength is beyond its band, or none has one. opposite within random: none is. not seen: it does not pass. unknown: so few pairs could not have
+    passed beside so many other directions, whatever they did. Each end is told at the strength that works, keeps success best, and moves
     most, in this order; where none works, at the largest."""
     if subject.claim is None:
         return _told(subject, "no claim", {})
     if subject.adjusted is None or subject.slope.value is None:
         return _told(subject, "unknown", _ends(subject.doses, _largest))
-    if subject.p.least >= ALPHA:
-        return _told(subject, "unknown", _ends(subject.doses, _largest))
     if subject.adjusted >= ALPHA:
-        return _told(subject, "not seen", _ends(subject.doses, _largest))
+        # Holm multiplies the smallest p by the number of tests, and what comes after is never smaller.
+        possible = subject.p.least * subject.tests < ALPHA
+        return _told(subject, "not seen" if possible else "unknown", _ends(subject.doses, _largest))
     if subject.slope.value * subject.claim.sign < 0:
         banded = [d for d in subject.doses if d.band.size is not None]
         against = [d for d in banded if not d.right_way and d.p.p is not None and d.p.p < ALPHA]
@@ -160,7 +161,8 @@ def _evidence(subject: Subject, does: Does, chosen: dict[str, Effect]) -> str:
     slope = f"{number(subject.slope.value, sign=True)} {metric.unit}".strip()
     text += f". The slope over all strengths is {slope} for strength 1 ({interval(subject.slope, sign=True)}), {equals(subject.adjusted)} after Holm"
     if does == "unknown":
-        text += f"; {count(subject.p.n, subject.p.unit)} cannot reach p < {ALPHA:g} whatever they do"
+        beside = f" after Holm over {count(subject.tests, 'direction')}" if subject.tests > 1 else ""
+        text += f"; {count(subject.p.n, subject.p.unit)} cannot reach p < {ALPHA:g}{beside} whatever they do"
     if does == "not seen" and subject.detectable.value is not None:
         text += f"; {number(subject.detectable.value)} would have been found four times in five"
     return f"{text}."

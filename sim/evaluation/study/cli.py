@@ -43,12 +43,13 @@ def study(
     steps.parquet and study.json.
     """
     from sim.benchmark import use_software_rendering
-    from sim.evaluation.study.run import open_journal, prepare, run
+    from sim.evaluation.study.run import open_journal, prepare, require_workers, run
     from sim.evaluation.study.settings import StudySettings, read_settings
     from steer_runtime.errors import SteerError
     from steer_runtime.policies import load_policy
 
     settings = read_settings(config, StudySettings)
+    require_workers(workers)
     if out is None and not dry_run:
         raise SteerError("bad_out", "no folder was given: expected --out FOLDER, or --dry-run to see the plan alone")
     use_software_rendering()
@@ -207,6 +208,9 @@ def _show_outcome(ready: Study, done: Mapping[str, Mapping[str, Any]], title: st
     errors = [row["error"] for row in done.values() if row["status"] == "errored"]
     if errors:
         console.print(f"{len(errors)} episodes errored and count nowhere (--retry runs them again), e.g.: {errors[0]}")
+    films = [row["no_video"] for row in done.values() if row.get("no_video")]
+    if films:
+        console.print(f"{len(films)} films could not be made, their episodes stand, e.g.: {films[0]}")
     if not ready.facts["reference_simulator"]["is_reference"]:
         differing = ", ".join(f"{k} {v}" for k, v in ready.facts["reference_simulator"]["differing"].items())
         console.print(f"not the reference simulator of published figures ({differing}); see the extra `parity`")

@@ -37,7 +37,7 @@ Refused = tuple[str, str]
 class Seat(Protocol):
     """One worker. open: called before any job, and again when it died; None when it is ready.
 
-    deaths: what a future of a worker that has ended raises.
+    deaths: what `run` or `open` of a worker that has ended raises, at once or by its future.
     """
 
     deaths: tuple[type[BaseException], ...]
@@ -48,25 +48,6 @@ class Seat(Protocol):
 
     def close(self) -> None:
         """End the worker, whatever it is running."""
-
-
-class Here:
-    """A seat of this very process, for a policy that is loaded already."""
-
-    deaths: tuple[type[BaseException], ...] = ()
-
-    def __init__(self, runner: EpisodeRunner) -> None:
-        self._runner = runner
-
-    def open(self, work: Work) -> Future[Refused | None]:
-        self._runner.work = work
-        return _done(None)
-
-    def run(self, job: Job) -> Future[Finished]:
-        return _done(self._runner.run(job))
-
-    def close(self) -> None:
-        self._runner.close()
 
 
 class Process:
@@ -216,12 +197,6 @@ def _runner_of(work: Work) -> tuple[EpisodeRunner | None, Refused | None]:
         return EpisodeRunner(work), None
     except SteerError as refused:
         return None, (refused.code, refused.sentence)
-
-
-def _done(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
 
 
 @contextmanager

@@ -34,7 +34,7 @@ RATE_HZ = 20.0
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is told once. model_hash: of the policy it must find. shared: see `StudySettings.shared`.
+    """What a worker is told once. model_hash, options: of the policy it must find. shared: see `StudySettings.shared`.
 
     conditions: by label. versions: of the simulator's packages that it must have.
     """
@@ -42,6 +42,7 @@ class Work:
     policy: str
     checkpoint: str | None
     model_hash: str
+    options: Mapping[str, Any]
     shared: Mapping[str, Any]
     conditions: Mapping[str, Condition]
     versions: Mapping[str, str]
@@ -51,8 +52,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Finished:
-    """An episode that is over. row: as `records.EPISODES`, and `gl_backend`; steps: columns of `records.STEPS` but key,
-    empty when errored; video: MP4, or nothing."""
+    """An episode that is over. row: as `records.EPISODES`, and `gl_backend`, and `no_video` with the sentence of a film that
+    failed; steps: columns of `records.STEPS` but key, empty when errored; video: MP4, or nothing."""
 
     row: dict[str, Any]
     steps: Mapping[str, Any] = field(default_factory=dict)
@@ -85,22 +86,30 @@ class EpisodeRunner:
                 f"a worker loaded model {self._policy.model_hash[:12]} and the study is of {work.model_hash[:12]}: give all "
                 "machines the same checkpoint",
             )
+        other = _differing(self._policy.options, work.options)
+        if other:
+            raise SteerError(
+                "other_model",
+                f"a worker loaded {self._policy.name} with {other}: give all machines the same policy file",
+            )
         self._scene: TaskScene | None = None
         self._open: tuple[str, int, bool] | None = None
         self._broken: tuple[tuple[str, int, bool], SteerError] | None = None
         self._start: tuple[tuple[Any, ...], np.ndarray] | None = None
 
     def run(self, job: Job) -> Finished:
-        """One episode. Never raises for what goes wrong in it."""
+        """One episode. Never raises for what goes wrong in it; one whose film fails is done, without the film."""
         clock = Stopwatch()
         began = datetime.datetime.now(datetime.timezone.utc)
         episode = _Episode(self.work, self._policy, job, clock)
         outcome: dict[str, Any] = {}
+        steps: Mapping[str, Any] = {}
         try:
             with clock.of("scene"):
                 scene = self._scene_of(job)
             with clock.of("all"):
                 outcome = episode.run(scene, self._state(job, scene, clock))
+            steps = episode.steps()
         except Exception as error:  # whatever a policy, a hook or the simulator raises is a fact about this episode
             outcome = {"status": "errored", "error": _sentence(error)}
             if not isinstance(error, SteerError):
@@ -109,7 +118,10 @@ class EpisodeRunner:
         row |= {"worker": self.work.worker, "gl_backend": versions()["gl_backend"]}
         if row["status"] == "errored":
             return Finished(row)
-        return Finished(row, episode.steps(), episode.video() if self.work.videos else b"")
+        try:
+            return Finished(row, steps, episode.video() if self.work.videos else b"")
+        except Exception as error:  # an encoder that fails takes nothing from what was measured
+            return Finished({**row, "no_video": _sentence(error)}, steps)
 
     def close(self) -> None:
         """Free the simulator. Harmless when it is closed already."""
@@ -236,6 +248,8 @@ class _Episode(_Facts):
         return mp4(pictures, RATE_HZ / rows)
 
     def _drive(self, scene: TaskScene, recorder: Recorder, infer: Callable[[Observation], Inference]) -> dict[str, Any]:
+        """released: None where it was not looked for, and where the step limit came before the hand let go and before all
+        steps after success had run."""
         job, shared, clock = self.job, self.work.shared, self.clock
         after, replan = shared["after_success"], shared["replan"]
         success_step: int | None = None
@@ -265,10 +279,11 @@ class _Episode(_Facts):
             released = released or still >= STILL
             if success_step is not None and (after == 0 or released or self.taken - success_step >= after):
                 break
+        cut = success_step is not None and self.taken - success_step < after
         return {
             "success": success_step is not None,
             "success_step": success_step,
-            "released": released if after else None,
+            "released": None if not after or (cut and not released) else released,
         }
 
     def _executed(self, action: np.ndarray) -> np.ndarray:
@@ -347,6 +362,12 @@ def _clocks(clock: Stopwatch) -> dict[str, float]:
     seconds = {**clock.seconds}
     whole = seconds.pop("all")
     return {"seconds": round(whole, 4), **{f"seconds_{part}": round(s, 4) for part, s in seconds.items()}}
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What is found and what the study has, of the options that differ."""
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    return ", ".join(f"{name} {found.get(name)!r} (the study has {wanted.get(name)!r})" for name in names)
 
 
 def _sentence(error: Exception) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # it imports the policies
     from sim.evaluation.study.episode import Finished
 
 JOURNAL_FILE = "journal.jsonl"
+_PARQUET = b"PAR1"
 _GROUP = 20_000
 """Steps of a row group of `steps.parquet`, about: small enough to read a few episodes of a large file."""
 
@@ -61,7 +62,7 @@ class Journal:
             if row["status"] == "errored":
                 if not again:
                     out[job.key] = row
-            elif self._steps(job.key).is_file():
+            elif _whole(self._steps(job.key)):
                 out[job.key] = row
         return out
 
@@ -155,6 +156,16 @@ def journal(folder: Path, configuration: Mapping[str, Any]) -> Iterator[Journal]
 def video_path(folder: Path, key: str) -> Path:
     """Where the video of an episode stands, if it was asked for."""
     return folder / "videos" / f"{_file_stem(key)}.mp4"
+
+
+def _whole(path: Path) -> bool:
+    """Whether a Parquet file is there and ends as one: its magic number is written last."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_PARQUET), 2)
+            return file.read() == _PARQUET
+    except OSError:
+        return False
 
 
 def _counts(planned: Sequence[Job], rows: Mapping[str, Row]) -> dict[str, int]:

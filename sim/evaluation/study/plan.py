@@ -61,6 +61,14 @@ def jobs(settings: StudySettings, conditions: Sequence[Condition]) -> list[Job]:
             out += _of_task(settings, conditions, wanted, task_id, limit)
     if len({job.key for job in out}) < len(out):
         raise SteerError("ambiguous_suite", "the study names a task of a suite twice with the same starts: drop one")
+    planned = {job.condition for job in out}
+    idle = next((c for c in conditions if c.label not in planned), None)
+    if idle is not None:
+        raise SteerError(
+            "bad_study",
+            f"condition {idle.label!r} runs on no task: its `tasks` {list(idle.tasks or ())} are none of those of `suites`; "
+            "correct either",
+        )
     return out
 
 

@@ -69,7 +69,8 @@ EPISODES = pa.schema(
         pa.field("error", pa.string()),  # its sentence
         pa.field("success", pa.bool_()),  # LIBERO's predicate held after some step; null when errored
         pa.field("success_step", pa.int32()),  # the first such step, counted from 1
-        pa.field("released", pa.bool_()),  # held with the robot off the task's objects; null where not looked for
+        # held with the robot off the task's objects; null: not looked for, or the limit cut the steps after success short
+        pa.field("released", pa.bool_()),
         _required("steps", pa.int32()),  # control steps executed, those after success included
         _required("inferences", pa.int32()),
         pa.field("first_action", _vector(7, pa.float64())),  # as the policy gave it, before clipping and scaling
@@ -207,10 +208,22 @@ def _read(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
     except OSError as error:
         raise _missing(path, error) from None
     except pa.ArrowInvalid:
-        raise SteerError("bad_record", f"{path} is no Parquet file or is torn: write it again") from None
+        raise SteerError("bad_record", _torn(path)) from None
+
+
+def _torn(path: Path) -> str:
+    return f"{path} is no Parquet file or is torn: write it again with `steer eval study ... --tables`"
 
 
 def _missing(path: Path, error: OSError) -> SteerError:
-    return SteerError(
-        "no_study", f"{path} cannot be read ({error.strerror or error}): give the --out folder of a study"
-    )
+    if not isinstance(error, FileNotFoundError):
+        # Arrow tells of a damaged page as of an operating system's error without a number.
+        why = f"{path} cannot be read ({error.strerror})" if error.strerror else _torn(path)
+        return SteerError("bad_record", why)
+    if path.parent.joinpath("journal.jsonl").is_file():
+        return SteerError(
+            "no_study",
+            f"{path.parent} has a journal and no {path.name} yet: `steer eval study ... --tables` writes the tables of what is "
+            "there",
+        )
+    return SteerError("no_study", f"{path} is not there: give the --out folder of a study")

@@ -7,7 +7,7 @@ only the writer here touches the folder, and an episode is handed out once.
 from __future__ import annotations
 
 import platform
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
@@ -35,6 +35,8 @@ STEAL = 3
 """Episodes that a scene must have left before a second worker builds it too."""
 DEATHS = 2
 """Times that a worker may die over one episode before it counts as errored."""
+OFFERS = 3
+"""Times that a worker is offered an episode, opened anew in between, where it has died before it takes it."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,11 @@ def prepare(settings: StudySettings, policy: LoadedPolicy, more: Sequence[Condit
     simulator.pop("gl_backend")
     whole = {**simulator, **{name: _version(name) for name in ("torch", "transformers", "steer-runtime", "pyarrow")}}
     checkpoint = None if settings.checkpoint is None else str(settings.checkpoint)
-    work = Work(
-        settings.policy, checkpoint, policy.model_hash, settings.shared, {c.label: c for c in conditions}, simulator
-    )
     known = {**identity(policy), "model_hash": policy.model_hash, "trained": bool(policy.trained)}
+    work = Work(
+        settings.policy, checkpoint, policy.model_hash, known["options"], settings.shared,
+        {c.label: c for c in conditions}, simulator,
+    )  # fmt: skip
     configuration = {
         "command": "study", "policy": known, **settings.shared, "gl": backend,
         "versions": {**simulator, "torch": whole["torch"], "transformers": whole["transformers"]},
@@ -75,6 +78,7 @@ def prepare(settings: StudySettings, policy: LoadedPolicy, more: Sequence[Condit
         "settings": {**settings.model_dump(mode="json"), "checkpoint": None, "store": None, "policy": policy.name},
         "policy": known,
         "conditions": [c.facts for c in conditions],
+        "plan": dict(Counter(job.condition for job in planned)),
         "directions": directions_of(conditions),
         "versions": {**whole, "python": platform.python_version(), "platform": platform.platform()},
         "gl": backend,
@@ -87,6 +91,12 @@ def reference(simulator: Mapping[str, str]) -> dict[str, Any]:
     """Whether this is the simulator of published figures, and what differs."""
     other = {name: simulator[name] for name, wanted in REFERENCE.items() if simulator[name] != wanted}
     return {"is_reference": not other, "expected": dict(REFERENCE), "differing": other}
+
+
+def require_workers(count: int) -> None:
+    """Raises SteerError('bad_count') for none."""
+    if count < 1:
+        raise SteerError("bad_count", f"{count} workers were asked for: expected at least 1")
 
 
 def open_journal(study: Study, folder: Path) -> Any:
@@ -109,10 +119,9 @@ def run(
     """Run what is missing and write the tables, also when it was stopped: `stop` is asked several times a second.
 
     again: run errored episodes once more. seats: workers to use instead of processes or Ray. Raises SteerError: 'bad_count',
-    'no_ray', what opening a worker refuses, and as `Journal.add`; what is in the journal stays.
+    'no_ray', 'worker_died', what opening a worker refuses, and as `Journal.add`; what is in the journal stays.
     """
-    if workers < 1:
-        raise SteerError("bad_count", f"{workers} workers were asked for: expected at least 1")
+    require_workers(workers)
     done = kept.done(study.planned, again=again)
     missing = [job for job in study.planned if job.key not in done]
     kept.write_sidecar(study.facts)
@@ -198,9 +207,13 @@ class Shift:
         self._queue = queue
         self._running: dict[Future[Finished], tuple[Seat, Job]] = {}
         self._deaths: dict[str, int] = {}
+        self._told: dict[Seat, Work] = {}
+        self._dead: set[Seat] = set()
 
     def work_on(self, seats: Sequence[Seat]) -> None:
-        """Until the queue is empty, or somebody stops it. seats: open ones."""
+        """Until the queue is empty, or somebody stops it. seats: opened by `open_seats`; those that died since are opened
+        anew when there is something to do for them. Raises SteerError: 'worker_died', and what opening refuses."""
+        self._told = dict(zip(seats, numbered(self._work, len(seats)), strict=True))
         for seat in seats:
             self._send(seat, None)
         while self._running:
@@ -212,43 +225,65 @@ class Shift:
                 except seat.deaths:
                     self._died(seat, job)
                     continue
-                # The worker goes on while this process writes.
-                self._send(seat, job)
-                row = self._kept.add(job, finished)
-                if self._on_episode is not None:
-                    self._on_episode(row)
+                try:
+                    # The worker goes on while this process writes.
+                    self._send(seat, job)
+                finally:
+                    self._keep(job, finished)
 
     def _send(self, seat: Seat, before: Job | None) -> None:
         job = None if self._stop() else self._queue.next(None if before is None else before.scene)
         if job is not None:
-            self._running[seat.run(job)] = seat, job
+            self._running[self._begun(seat, job)] = seat, job
+
+    def _begun(self, seat: Seat, job: Job) -> Future[Finished]:
+        """The episode on its worker. One that died while it had nothing to do is opened anew, and the episode is not blamed."""
+        for _ in range(OFFERS):
+            try:
+                if seat in self._dead:
+                    _require(seat.open(self._told[seat]).result())
+                    self._dead.remove(seat)
+                return seat.run(job)
+            except seat.deaths:
+                self._dead.add(seat)
+        raise _died_loading()
+
+    def _keep(self, job: Job, finished: Finished) -> None:
+        row = self._kept.add(job, finished)
+        if self._on_episode is not None:
+            self._on_episode(row)
 
     def _died(self, seat: Seat, job: Job) -> None:
-        """Its worker ended over an episode: a new one runs it again, and at last it is errored."""
+        """Its worker ended over an episode: another one runs it again, and at last it is errored."""
         from sim.evaluation.study.episode import lost
 
+        self._dead.add(seat)
         self._deaths[job.key] = self._deaths.get(job.key, 0) + 1
         if self._deaths[job.key] < DEATHS:
             self._queue.put_back(job)
         else:
             sentence = f"the worker process ended {DEATHS} times in this episode, as when there is not enough memory"
-            row = self._kept.add(job, lost(self._work, job, sentence))
-            if self._on_episode is not None:
-                self._on_episode(row)
-        if self._queue:
-            _require_open(seat, seat.open(self._work))
-            self._send(seat, None)
+            self._keep(job, lost(self._work, job, sentence))
+        self._send(seat, None)
 
 
 def _require_open(seat: Seat, opening: Future[Refused | None]) -> None:
     try:
         refused = opening.result()
     except seat.deaths:
-        raise SteerError(
-            "worker_died", "a worker ended while it loaded the policy, as when there is no memory: use fewer --workers"
-        ) from None
+        raise _died_loading() from None
+    _require(refused)
+
+
+def _require(refused: Refused | None) -> None:
     if refused is not None:
         raise SteerError(*refused)
+
+
+def _died_loading() -> SteerError:
+    return SteerError(
+        "worker_died", "a worker ended while it loaded the policy, as when there is no memory: use fewer --workers"
+    )
 
 
 def _version(package: str) -> str:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sim.evaluation.study.kinds import Meshes
 from sim.layouts import Kind as Layout
 from steer_runtime.errors import SteerError
+from steer_runtime.unique_keys import UniqueKeys
 
 STANDARD: tuple[str, ...] = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 """LIBERO's suites (Liu et al. 2023, arXiv 2306.03310)."""
@@ -26,7 +27,9 @@ PRO: tuple[str, ...] = tuple(
 """LIBERO-PRO's suites: instructions, objects, positions, tasks changed."""
 MANY = {"standard": STANDARD, "libero_pro": PRO}
 """Names that stand for several suites."""
-_PART = re.compile(r"(\d+)(?:-(\d+))?")
+_PART = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?")
+_MANY = 100_000
+"""Numbers of a range; more is a mistype that would fill the memory."""
 
 
 def _numbers(value: Any) -> Any:
@@ -37,7 +40,12 @@ def _numbers(value: Any) -> Any:
             match = _PART.fullmatch(part.strip())
             if match is None:
                 raise ValueError("expected whole numbers such as 0-4,7")
-            found += range(int(match[1]), int(match[2] or match[1]) + 1)
+            low, high = int(match[1]), int(match[2] or match[1])
+            if high < low:
+                raise ValueError(f"{part.strip()} counts down: expected the smaller number first")
+            if high - low >= _MANY:
+                raise ValueError(f"{part.strip()} is more than {_MANY} numbers")
+            found += range(low, high + 1)
         value = found
     if not isinstance(value, Sequence) or not value or any(type(n) is not int or n < 0 for n in value):
         raise ValueError("expected whole numbers from 0 on, such as [0, 3] or 0-4,7")
@@ -71,6 +79,13 @@ def _each_once(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _no_switch(value: Any) -> Any:
+    """YAML's `yes` and `true` are no numbers, though Python counts with them."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
 def _not_zero(value: float) -> float:
     if value == 0:
         raise ValueError("strength 0 is the condition `zero`: expected numbers in [-1, 1] but 0")
@@ -84,9 +99,11 @@ def _kind_alone(value: Any) -> Any:
 
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers)]
 Starts = Annotated[tuple[int, ...], BeforeValidator(_first)]
-Strength = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False), AfterValidator(_not_zero)]
+Strength = Annotated[
+    float, Field(ge=-1, le=1, allow_inf_nan=False), BeforeValidator(_no_switch), AfterValidator(_not_zero)
+]
 Strengths = Annotated[tuple[Strength, ...], Field(min_length=1), AfterValidator(_each_once)]
-Factor = Annotated[float, Field(gt=0, le=20, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, le=20, allow_inf_nan=False), BeforeValidator(_no_switch)]
 Factors = Annotated[tuple[Factor, ...], Field(min_length=1), AfterValidator(_each_once)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(_numbers)]
@@ -228,8 +245,8 @@ def read_settings(path: Path, form: type[Settings] = StudySettings) -> Settings:
     Raises SteerError('bad_study').
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise SteerError("bad_study", f"{path} is not readable YAML ({text}): correct the file") from None
     settings = check(raw, str(path), form)

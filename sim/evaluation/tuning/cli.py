@@ -47,6 +47,7 @@ def run(
     Optuna's journal and the two tables of a study.
     """
     from sim.evaluation.study.cli import stop_on_interrupt
+    from sim.evaluation.study.run import require_workers
     from sim.evaluation.tuning import page, result
     from sim.evaluation.tuning.run import Watch, open_tuning
     from sim.evaluation.tuning.run import run as work
@@ -54,6 +55,7 @@ def run(
 
     if out is None and not dry_run:
         raise SteerError("bad_out", "no folder was given: expected --out FOLDER, or --dry-run to see the plan alone")
+    require_workers(workers)
     tuning, policy = _ready(config, trials)
     if dry_run:
         _show_plan(tuning, policy, workers)
@@ -67,7 +69,7 @@ def run(
     ):
         watch = Watch(stop, episode, trial)
         told = work(tuning, kept, workers=workers, ray=ray, again=retry, watch=watch)
-    found = result.document(tuning, told)
+    found = result.carried(result.document(tuning, told), out)
     result.save(found, out)
     _show(found)
     typer.echo(str(page.render(found, out)))
@@ -111,12 +113,13 @@ def verify(
     Exit code 1 where nothing is verified. The card then stays as it is, unless --unverified is said; the card says so too.
     """
     from sim.evaluation.study.cli import stop_on_interrupt
-    from sim.evaluation.study.run import open_journal
+    from sim.evaluation.study.run import open_journal, require_workers
     from sim.evaluation.study.run import run as run_study
     from sim.evaluation.tuning import held_out, page, result, write_back
     from steer_runtime.directions.store import DirectionStore
     from steer_runtime.errors import SteerError
 
+    require_workers(workers)
     tuning, policy = _ready(config, trials)
     found = result.load(out)
     if found["hash"] != tuning.hash:
@@ -125,14 +128,14 @@ def verify(
             f"{out} holds the tuning {found['hash'][:12]} and {config} says {tuning.hash[:12]}: give the YAML, store and policy "
             "that it was run with",
         )
-    chosen = _chosen(tuning, out)
+    trials_of = _ended(tuning, out)
+    chosen = {end: best for end, told in trials_of.items() if (best := result.best(told, tuning)) is not None}
     if not chosen:
         typer.echo("no trial moves its metric within the limits: there is nothing to verify", err=True)
         raise typer.Exit(1)
     checked: list[held_out.Checked] = []
     if tuning.settings.held_out is not None or not unverified:
-        points = {name: told.point for name, told in chosen.items()}
-        study = held_out.study_of(tuning, points, policy)
+        study = held_out.study_of(tuning, chosen, policy)
         del policy
         folder = out / held_out.FOLDER
         with open_journal(study, folder) as kept:
@@ -143,7 +146,7 @@ def verify(
             if stopped and len(kept.done(study.planned)) < len(study.planned):
                 typer.echo("stopped; the same command goes on", err=True)
                 raise typer.Exit(130)
-        checked = held_out.check(tuning, points, folder)
+        checked = held_out.check(tuning, chosen, folder)
     findings = []
     for end in tuning.ends:
         if end.name in chosen:
@@ -154,6 +157,7 @@ def verify(
             findings.append(
                 write_back.Finding(end, chosen[end.name], proved or (low, strength), proved is not None, mine)
             )
+    found = result.document(tuning, trials_of)
     found["held_out"] = {"checked": [c.to_jsonable() for c in checked], "ranges": _ranges(findings), "written": []}
     usable = [f for f in findings if f.verified or unverified]
     if write and usable:
@@ -188,14 +192,13 @@ def _ready(config: Path, trials: int | None) -> tuple[Tuning, LoadedPolicy]:
     return ready(settings, policy), policy
 
 
-def _chosen(tuning: Tuning, out: Path) -> dict[str, Told]:
-    """End -> its best trial. Raises SteerError('not_finished')."""
-    from sim.evaluation.tuning.result import best
+def _ended(tuning: Tuning, out: Path) -> dict[str, list[Told]]:
+    """End -> its trials, all of them run. Raises SteerError('not_finished')."""
     from sim.evaluation.tuning.run import open_tuning
     from sim.evaluation.tuning.trials import Trials, open_log
     from steer_runtime.errors import SteerError
 
-    chosen = {}
+    ended = {}
     with open_tuning(tuning, out) as kept:
         log = open_log(kept.folder)
         for end in tuning.ends:
@@ -204,10 +207,8 @@ def _chosen(tuning: Tuning, out: Path) -> dict[str, Told]:
                 raise SteerError(
                     "not_finished", f"{out} has not run all its trials: run it to its end, or give fewer --trials"
                 )
-            one = best(told, tuning)
-            if one is not None:
-                chosen[end.name] = one
-    return chosen
+            ended[end.name] = told
+    return ended
 
 
 def _open(told: Sequence[Told], tuning: Tuning) -> bool:

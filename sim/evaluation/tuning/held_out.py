@@ -4,6 +4,9 @@ Invariant: a strength is verified when all three hold on the held-out pairs: the
 side of zero, success is non-inferior ("held", see `shares.non_inferiority`), and the off-axis damage is within its limit. All
 must hold at once, so no correction for several looks is due (intersection-union test). The best of many trials looks better
 than it is; starts that chose nothing do not know that.
+
+A label names the trial beside the strength, `direction:pace#4@+0.31`: one folder holds the episodes of every choice that was
+ever checked, and the tables those of the last one.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from sim.evaluation.study.conditions import Condition
 from sim.evaluation.study.run import Study, prepare
 from sim.evaluation.tuning.plan import End, Tuning, held_out
 from sim.evaluation.tuning.score import Seen, score
-from sim.evaluation.tuning.space import Point
+from sim.evaluation.tuning.trials import Told
 
 if TYPE_CHECKING:
     from steer_runtime.policies import LoadedPolicy
@@ -49,13 +52,13 @@ class Checked:
         return asdict(self)
 
 
-def study_of(tuning: Tuning, chosen: Mapping[str, Point], policy: LoadedPolicy) -> Study:
-    """The study of the held-out starts. chosen: end -> what tuning chose. Raises SteerError('no_held_out')."""
+def study_of(tuning: Tuning, chosen: Mapping[str, Told], policy: LoadedPolicy) -> Study:
+    """The study of the held-out starts. chosen: end -> the trial that tuning chose. Raises SteerError('no_held_out')."""
     more = [c for end in tuning.ends if end.name in chosen for c in _conditions(tuning, end, chosen[end.name])]
     return prepare(held_out(tuning.settings), policy, more)
 
 
-def check(tuning: Tuning, chosen: Mapping[str, Point], folder: Path) -> list[Checked]:
+def check(tuning: Tuning, chosen: Mapping[str, Told], folder: Path) -> list[Checked]:
     """Of a study that ran, by end and rising strength. Raises SteerError as `measured.load`."""
     groups = {g.label: g for g in effects.grouped(measured.load(folder).episodes)}
     off = groups["unsteered"]
@@ -67,23 +70,23 @@ def check(tuning: Tuning, chosen: Mapping[str, Point], folder: Path) -> list[Che
 
 
 def verified_range(checked: list[Checked]) -> tuple[float, float] | None:
-    """Of one end: from the lowest to the highest of the largest verified strengths that follow each other; None where there
-    are fewer than two. Between two verified strengths the effect is taken to lie between theirs."""
-    run: list[float] = []
+    """Of one end: from the lowest to the highest of the largest two or more verified strengths that follow each other; None
+    where no two do. Between two verified strengths the effect is taken to lie between theirs."""
+    runs: list[list[float]] = [[]]
     for one in sorted(checked, key=lambda c: -c.strength):
-        if not one.fails:
-            run.append(one.strength)
-        elif run:
-            break
-    return (run[-1], run[0]) if len(run) > 1 else None
+        if one.fails:
+            runs.append([])
+        else:
+            runs[-1].append(one.strength)
+    return next(((run[-1], run[0]) for run in runs if len(run) > 1), None)
 
 
-def _conditions(tuning: Tuning, end: End, point: Point) -> list[Condition]:
+def _conditions(tuning: Tuning, end: End, trial: Told) -> list[Condition]:
     assert tuning.settings.held_out is not None
     out = []
     for share in sorted(tuning.settings.held_out.shares):
-        weaker = replace(point, strength=round(share * point.strength, 4))
-        label = f"direction:{tuning.settings.name}@{end.side * weaker.strength:+.4g}"
+        weaker = replace(trial.point, strength=round(share * trial.point.strength, 4))
+        label = f"direction:{tuning.settings.name}#{trial.number}@{end.side * weaker.strength:+.4g}"
         out.append(end.condition(tuning.settings.name, label, weaker))
     return out
 

@@ -5,39 +5,37 @@ Invariant: the page shows numbers of the document and computes none; the same do
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.evaluation.analysis.figures import AXIS, BAND, FAINT, INK, LOST, RIVAL
+from sim.evaluation.analysis.figures import AXIS, BAND, FAINT, INK, LOST, RIVAL, STYLE, uri
 from sim.evaluation.analysis.verdict import MINUS
 from sim.evaluation.tuning.words import answers, checked_rows, rows
 from steer_runtime.directions.files import write_atomically
+from steer_runtime.errors import SteerError
 
 FILE = "tuning.html"
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
-    "xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#edf0f3", "axes.axisbelow": True, "svg.fonttype": "path", "svg.hashsalt": "steer",
-    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}  # fmt: skip
 Found = Mapping[str, Any]
 
 
 def render(found: Found, folder: Path) -> Path:
-    """Write the page beside the document. Raises SteerError('not_written')."""
-    import jinja2
-    from matplotlib import rc_context
-
+    """Write the page beside the document. Raises SteerError: 'no_jinja2' where jinja2 or matplotlib is missing,
+    'not_written'."""
+    try:
+        import jinja2
+        from matplotlib import rc_context
+    except ModuleNotFoundError as missing:
+        raise SteerError(
+            "no_jinja2",
+            f"the page needs {missing.name}: install the extra `sim`, or read tuning.json, which holds every number",
+        ) from None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         ends = [
             {
                 "name": end, "direction": its["direction"], "front": _front(found, end), "course": _course(found, end),
@@ -94,7 +92,7 @@ def _front(found: Found, end: str) -> str:
     below.set_title("Off-axis damage")
     below.set_xlabel(_wanted(found, its))
     above.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _uri(figure)
+    return uri(figure)
 
 
 def _course(found: Found, end: str) -> str:
@@ -122,7 +120,7 @@ def _course(found: Found, end: str) -> str:
     right.set_title("Strength tried")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _uri(figure)
+    return uri(figure)
 
 
 def _figure(rows_: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
@@ -133,12 +131,6 @@ def _figure(rows_: int, columns: int, size: tuple[float, float], **options: Any)
     for axis in axes:
         axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}".replace("-", MINUS))
     return figure, axes
-
-
-def _uri(figure: Any) -> str:
-    sink = io.BytesIO()
-    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(sink.getvalue()).decode()
 
 
 def _wanted(found: Found, its: Found) -> str:

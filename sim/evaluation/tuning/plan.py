@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sim.evaluation.analysis.claims import Claim, claim_of, parse
-from sim.evaluation.analysis.metrics import METRICS
+from sim.evaluation.analysis.claims import Claim, claim_of
+from sim.evaluation.analysis.metrics import METRICS, spreads
 from sim.evaluation.study.conditions import STEERED, Condition, Finder, Written
 from sim.evaluation.study.plan import Job, given, jobs
 from sim.evaluation.study.run import Study, prepare
 from sim.evaluation.tuning import space
-from sim.evaluation.tuning.score import Aim, Seen, spreads
+from sim.evaluation.tuning.score import Aim, Seen
 from sim.evaluation.tuning.settings import TuneSettings
 from sim.evaluation.tuning.space import Point
 from steer_runtime.directions.direction import Direction
@@ -44,7 +44,7 @@ class End:
     side: float
 
     def aim(self, settings: TuneSettings, unsteered: Iterable[Seen]) -> Aim:
-        scales = spreads(list(unsteered))
+        scales = spreads([seen.metrics for seen in unsteered])
         return Aim(self.metric, self.sign, settings.margin, settings.damage, settings.least, scales)
 
     def condition(self, target: str, label: str, point: Point) -> Condition:
@@ -73,7 +73,7 @@ class Tuning:
 
 
 def ready(settings: TuneSettings, policy: LoadedPolicy) -> Tuning:
-    """Plan a tuning of a loaded policy. Raises SteerError: 'no_claim', 'bad_claim', 'bad_search', 'overlap', 'bad_study', and as
+    """Plan a tuning of a loaded policy. Raises SteerError: 'no_claim', 'bad_search', 'overlap', 'bad_study', and as
     the store and `study.run.prepare`."""
     claim = _claim(settings)
     found = Finder(settings, policy).ends(settings.name)
@@ -139,8 +139,9 @@ def _state(job: Job) -> tuple[object, ...]:
 
 
 def _claim(settings: TuneSettings) -> Claim:
-    told = {} if settings.on is None else parse([f"{settings.name}={settings.on}"])
-    claim = claim_of(settings.name, told)
+    if settings.on is not None:
+        return Claim(settings.on.removeprefix("-"), -1.0 if settings.on.startswith("-") else 1.0, "`on`")
+    claim = claim_of(settings.name, {})
     if claim is None:
         raise SteerError(
             "no_claim",

@@ -22,6 +22,11 @@ from steer_runtime.errors import SteerError
 
 SCHEMA = "steer-tuning/1"
 FILE = "tuning.json"
+_KEYS = frozenset(
+    ("hash", "name", "metric", "starts", "settings", "policy", "versions", "reference_simulator", "shared", "ends", "held_out")
+)  # fmt: skip
+_END_KEYS = frozenset(("direction", "sign", "best", "front", "trials"))
+_HELD_OUT_KEYS = frozenset(("checked", "ranges", "written"))
 
 
 def best(trials: Sequence[Told], tuning: Tuning) -> Told | None:
@@ -84,8 +89,29 @@ def save(found: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+def carried(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The document with what held-out starts said before, as far as the folder's document has it of the same choices: ends of the
+    same tuning whose best trial is still the same. What was written into cards is kept whole, since the cards still have it."""
+    try:
+        before = load(folder)
+    except SteerError:  # the first one, or one that is written anew
+        return dict(found)
+    held = before["held_out"]
+    if held is None or before["hash"] != found["hash"]:
+        return dict(found)
+    ends, now = before["ends"], found["ends"]
+    same = {end for end in held["ranges"] if end in now and now[end]["best"] == ends[end]["best"]}
+    if not same:
+        return dict(found)
+    kept = {
+        "checked": [c for c in held["checked"] if c["end"] in same],
+        "ranges": {end: its for end, its in held["ranges"].items() if end in same},
+    }
+    return {**found, "held_out": {**held, **kept}}
+
+
 def load(folder: Path) -> dict[str, Any]:
-    """Raises SteerError('no_tuning')."""
+    """Raises SteerError: 'no_tuning', 'bad_record' for one that lacks something."""
     path = folder / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +122,19 @@ def load(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise SteerError("no_tuning", f"{path} is not of schema {SCHEMA}: run `steer tune run` again in another --out")
+    if not _whole(found):
+        raise SteerError(
+            "bad_record", f"{path} is not a whole tuning.json: run `steer tune run` again, which writes it anew"
+        )
     return found
+
+
+def _whole(found: Mapping[str, Any]) -> bool:
+    ends, held = found.get("ends"), found.get("held_out")
+    parts = [(found, _KEYS), *((its, _END_KEYS) for its in (ends.values() if isinstance(ends, dict) else [None]))]
+    if held is not None:
+        parts.append((held, _HELD_OUT_KEYS))
+    return all(isinstance(part, dict) and part.keys() >= keys for part, keys in parts)
 
 
 def _effect(trial: Told) -> float:

@@ -19,7 +19,7 @@ from sim.evaluation.study.conditions import Condition, directions_of
 from sim.evaluation.study.crew import Seat
 from sim.evaluation.study.journal import Journal, journal
 from sim.evaluation.study.plan import Job
-from sim.evaluation.study.run import Shift, hired, open_seats
+from sim.evaluation.study.run import Shift, hired, open_seats, require_workers
 from sim.evaluation.tuning.plan import End, Tuning
 from sim.evaluation.tuning.score import Aim, Pair, Seen, hopeless, score
 from sim.evaluation.tuning.trials import Outcome, Told, Trials, open_log
@@ -91,8 +91,7 @@ def run(
     again: run errored unsteered episodes once more, and plan every errored trial once more. seats: workers to use instead of
     processes or Ray. Raises SteerError: 'bad_count', 'no_baseline', and as `study.run.run` and `trials.open_log`.
     """
-    if workers < 1:
-        raise SteerError("bad_count", f"{workers} workers were asked for: expected at least 1")
+    require_workers(workers)
     log = open_log(kept.folder)
     trials = {end.name: Trials(log, end.name, tuning.settings) for end in tuning.ends}
     if again:

@@ -67,16 +67,6 @@ class Score:
         return all(value <= 0 for value in self.violations(margin, damage).values())
 
 
-def spreads(unsteered: Sequence[Seen]) -> dict[str, float]:
-    """The scales of an `Aim`. Why the floor: a metric that never varies would make any change of it infinite damage."""
-    out = {}
-    for name, metric in METRICS.items():
-        values = [v for seen in unsteered if (v := seen.metrics.get(name)) is not None]
-        if values:
-            out[name] = max(metric.floor, float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
-    return out
-
-
 def score(pairs: Sequence[Pair], aim: Aim) -> Score:
     """Of at least one pair."""
     changes = _changes(pairs, aim.metric)

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sim.evaluation.analysis.metrics import METRICS
 from sim.evaluation.study.settings import Seeds, StudySettings, SuiteSettings, Unsteered, read_settings
-from steer_runtime.errors import SteerError
+from steer_runtime.errors import SteerError, nearest
 from steer_runtime.types import Role
 
 END = Literal["both", "positive", "negative"]
@@ -43,6 +44,13 @@ def _each_once(values: Sequence[Any]) -> Any:
 
 def _own(value: Any) -> Any:
     raise ValueError("a tuning makes its own; drop them")
+
+
+def _metric(value: str) -> str:
+    name = value.removeprefix("-")
+    if name not in METRICS:
+        raise ValueError(f"expected one of {', '.join(METRICS)}, or with a - to lower it; {nearest(name, METRICS)}")
+    return value
 
 
 Unit = Annotated[float, Field(ge=0.001, le=1, allow_inf_nan=False)]
@@ -102,7 +110,7 @@ class TuneSettings(StudySettings):
     """
 
     name: str
-    on: str | None = None
+    on: Annotated[str, AfterValidator(_metric)] | None = None
     ends: END = "both"
     search: Search = Search()
     trials: Annotated[int, Field(ge=1, le=100_000)] = 40
@@ -114,6 +122,14 @@ class TuneSettings(StudySettings):
     least: Annotated[int, Field(ge=2)] = 4
     held_out: HeldOut | None = None
     conditions: Annotated[tuple[Unsteered, ...], BeforeValidator(_own)] = (Unsteered(kind="unsteered"),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_is_a_key(cls, raw: Any) -> Any:
+        """YAML 1.1 reads the key `on` without quotes as true."""
+        if isinstance(raw, dict) and "on" not in raw:
+            return {"on" if key is True else key: value for key, value in raw.items()}
+        return raw
 
     @property
     def decides(self) -> dict[str, Any]:

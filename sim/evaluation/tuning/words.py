@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sim.evaluation.analysis.verdict import DASH, number, percent
+from sim.evaluation.tuning.write_back import SUFFIX
 
 Found = Mapping[str, Any]
 _NAMES = {"gain": "gain", "neurons": "neurons", "layers": "layers", "sites": "sites", "span": "on", "ramp_s": "ramp"}
@@ -106,7 +107,9 @@ def _verdict(found: Found, end: str) -> str:
     if held["ranges"][end]["verified"]:
         return f"{span} are verified on held-out starts"
     fails = sorted({why for c in held["checked"] if c["end"] == end for why in c["fails"]})
-    written = " and were written all the same" if held["written"] else ""
+    name = found["ends"][end]["direction"].split("@")[0]
+    mine = [id for id in held["written"] if id.split("@")[0] in (name, name + SUFFIX)]
+    written = " and were written all the same" if mine else ""
     return f"{span} are not verified{': ' if fails else ''}{', '.join(fails)}{written}"
 
 

@@ -9,7 +9,7 @@ Invariant: a file becomes directions of exactly its indices, or is refused; its 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from steer_runtime.directions.formats.exported import Exported
 from steer_runtime.directions.token_basis import TowerIdentity
 from steer_runtime.errors import SteerError
 from steer_runtime.types import ALL_ROLES
+from steer_runtime.unique_keys import UniqueKeys
 
 OPENVLA_SIZE, PI0_FAST_SIZE = (32, 11008), (18, 16384)
 """(layers, d_ff) behind the flat indices of the seed's published clusters: Llama 2 7B and Gemma 2B."""
@@ -151,16 +152,6 @@ def _labels(direction: Direction) -> dict[int, Any]:
     }
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error; PyYAML would keep the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        return mapping
-
-
 def _parse(content: bytes, what: str) -> dict[str, list[int] | dict[int, str | list[str]]]:
     """Cluster name -> flat indices, or flat index -> label. Raises SteerError('bad_clusters')."""
 
@@ -171,7 +162,7 @@ def _parse(content: bytes, what: str) -> dict[str, list[int] | dict[int, str | l
         )
 
     try:
-        parsed = yaml.load(content, Loader=_UniqueKeys)  # a SafeLoader: builds plain data only
+        parsed = yaml.load(content, Loader=UniqueKeys)  # a SafeLoader: builds plain data only
     # PyYAML lets out what its constructors stumble over: `!!bool x` a KeyError, `!!int ''` an IndexError,
     # `!!timestamp x` an AttributeError.
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as why:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,6 +146,15 @@ class OpenVLAPolicy:
     def cameras(self) -> tuple[str, ...]:
         """Names of the images that an observation must have."""
         return (self.camera,) if self.config.heatmap is None else (self.camera, self.wrist_camera)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What decides its actions besides weights and statistics, as it is set now; JSON-able."""
+        return {
+            "cameras": list(self.cameras),
+            "rate_hz": self.action_space.rate_hz,
+            "dtype": str(self.unembedding.dtype).removeprefix("torch."),
+        }
 
     @property
     def final_norm(self) -> Tensor:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class Pi0Policy:
         self.trained = config.trained
         self.cameras = tuple(cameras)
         self.delta = delta
-        self.seed = seed
+        self.seed = self._loaded_seed = seed
         self.action_space = action_space
         self.euler_steps = config.euler_steps if euler_steps is None else euler_steps
         self.action_steps = action_steps or config.action_steps or config.chunk
@@ -193,6 +194,22 @@ class Pi0Policy:
     def unembedding(self) -> Tensor:
         """Token basis of tower "prefix", [vocab, d_model]."""
         return self.model.unembedding
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What decides its actions besides weights and statistics, as it is set now; JSON-able.
+
+        seed: the one that it was loaded with, whatever episodes were begun since.
+        """
+        return {
+            "cameras": list(self.cameras),
+            "delta": self.delta,
+            "euler_steps": self.euler_steps,
+            "action_steps": self.action_steps,
+            "seed": self._loaded_seed,
+            "rate_hz": self.action_space.rate_hz,
+            "dtype": str(self.unembedding.dtype).removeprefix("torch."),
+        }
 
     @property
     def final_norm(self) -> Tensor:
