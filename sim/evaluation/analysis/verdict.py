@@ -23,7 +23,7 @@ Does = Literal[
 SHOWN: dict[Does, str] = {
     "yes": "does what its name says",
     "no control": "moves as its name says, but no random control was run",
-    "not beyond random": "moves as its name says, but not farther than random directions do",
+    "not beyond random": "has the slope that its name says, but moves no farther than random directions do",
     "the opposite": "does the opposite of what its name says",
     "opposite within random": "moves against its name, but not farther than random directions do",
     "not seen": "was not seen to do what its name says",
