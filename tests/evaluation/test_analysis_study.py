@@ -199,6 +199,11 @@ def test_direction_that_random_words_match_is_not_called_working(tmp_path: Path)
     assert told.does == "not beyond random"
     assert "of 20 random directions 95 %" in told.evidence
     assert "of 20 random word directions 95 %" in told.evidence
+    # A strength at which the harder control did not run does not get round it.
+    half = Made("direction:speed-x@+0.5", "direction", "speed-x", 0.5, speed=1.2)
+    easy = [replace(m, label=m.label.replace("+1", "+0.5"), strength=0.5) for m in drawn("random", 0.02)]
+    found = small(tmp_path / "c", [*made, *drawn("random_words", 0.5), half, *easy], tasks=9).subjects[0]
+    assert {d.strength: d.works for d in found.doses} == {0.5: None, 1.0: False}
 
 
 def test_opposite_of_its_name_is_called_so(tmp_path: Path) -> None:

@@ -383,12 +383,17 @@ def _first(both: Sequence[tuple[Episode, Episode]], metric: str | None) -> Estim
 
 
 def _decided(subject: Subject, adjusted: float | None) -> Subject:
-    """With Holm's p and the strengths that work."""
+    """With Holm's p and the strengths that work.
+
+    A strength at which a kind of control did not run that ran at another one is not called working: else leaving the harder
+    control out where an effect is small would let it pass.
+    """
+    kinds = {b.kind for d in subject.doses for b in d.bands if b.kind}
     passed = adjusted is not None and adjusted < ALPHA
     doses = []
     for d in subject.doses:
         works = None
-        if adjusted is not None and d.band.beyond is not None:
+        if adjusted is not None and d.band.beyond is not None and kinds == {b.kind for b in d.bands}:
             works = bool(passed and d.right_way and d.p.p is not None and d.p.p < ALPHA and d.band.beyond)
         doses.append(replace(d, works=works))
     return replace(subject, adjusted=adjusted, doses=tuple(doses))

@@ -130,7 +130,7 @@ class Finder:
         self.policy = policy
         self._store = None if settings.store is None else DirectionStore(settings.store)
         self._found: dict[str, Ends] = {}
-        self._drawn: dict[tuple[str, str, int, int], list[Direction]] = {}
+        self._drawn: dict[tuple[Random, str, int], list[Direction]] = {}
         self._basis: TokenBasis | None = None
 
     def ends(self, name: str) -> Ends:
@@ -146,7 +146,7 @@ class Finder:
 
     def draws(self, asked: Random, direction: Direction, seed: int) -> list[Direction]:
         """What a control draws beside a direction. Raises SteerError as `controls` and `word_controls`."""
-        key = (asked.kind, direction.id, asked.draws, seed)
+        key = (asked, direction.id, seed)
         if key not in self._drawn:
             if isinstance(asked, RandomWords):
                 self._basis = self._basis or TokenBasis.of(self.policy)
