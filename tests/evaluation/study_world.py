@@ -23,6 +23,16 @@ from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 LIMIT = 5
 TOO_LONG = "{}" + " very" * 60 + " slowly"
 """Makes more tokens than the tiny policy takes: it refuses to act."""
+CONDITIONS: list[Any] = [
+    "unsteered",
+    {"kind": "zero", "directions": ["pace"]},
+    {"kind": "direction", "name": "pace", "strengths": [-1, 1]},
+    {"kind": "random", "like": "pace", "draws": 1, "strengths": [1], "starts": 1},
+    {"kind": "prompt", "wording": TOO_LONG, "starts": 1},
+    {"kind": "scale", "factors": [0.5]},
+]
+EPISODES = 2 * 5 + 2
+"""Of two starts of one task."""
 
 
 def policy_file(folder: Path, *, chunk: int = 2) -> Path:

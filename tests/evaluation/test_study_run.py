@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import study_world
-import yaml
 
 from sim.benchmark import use_software_rendering
 from sim.evaluation.motion import STILL
@@ -34,16 +28,6 @@ from steer_runtime.errors import SteerError
 from steer_runtime.policies import load_policy
 from steer_runtime.policies.openvla.policy import OpenVLAPolicy
 from steer_runtime.results import Row
-
-CONDITIONS = [
-    "unsteered",
-    {"kind": "zero", "directions": ["pace"]},
-    {"kind": "direction", "name": "pace", "strengths": [-1, 1]},
-    {"kind": "random", "like": "pace", "draws": 1, "strengths": [1], "starts": 1},
-    {"kind": "prompt", "wording": study_world.TOO_LONG, "starts": 1},
-    {"kind": "scale", "factors": [0.5]},
-]
-EPISODES = 2 * 5 + 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +51,9 @@ def policy(folder: Path) -> OpenVLAPolicy:
 @pytest.fixture(scope="module")
 def ready(folder: Path, policy: OpenVLAPolicy) -> Study:
     return prepare(
-        study_world.settings(policy=str(folder / "tiny.yaml"), store=str(folder / "store"), conditions=CONDITIONS),
+        study_world.settings(
+            policy=str(folder / "tiny.yaml"), store=str(folder / "store"), conditions=study_world.CONDITIONS
+        ),
         policy,
     )
 
@@ -100,7 +86,7 @@ def ended(ready: Study, runner: EpisodeRunner, out: Path, stop_after: int | None
 def test_every_start_has_every_condition_in_the_order_of_the_plan(ready: Study, whole: Path) -> None:
     rows = study_world.rows_of(whole)
     assert [row["key"] for row in rows] == [job.key for job in ready.planned]
-    assert len(rows) == EPISODES
+    assert len(rows) == study_world.EPISODES
     assert {row["status"] for row in rows if row["kind"] != "prompt"} == {"done"}
     assert {row["init_state"] for row in rows} == {0, 1}
 
@@ -156,7 +142,8 @@ def test_a_policy_that_refuses_is_errored_and_has_no_outcome(whole: Path) -> Non
     (row,) = [row for row in study_world.rows_of(whole) if row["status"] == "errored"]
     assert "the instruction" in row["error"]
     assert (row["kind"], row["success"], row["success_step"], row["steps"]) == ("prompt", None, None, 0)
-    assert records.read_sidecar(whole)["episodes"] == {"planned": EPISODES, "done": EPISODES - 1, "errored": 1}
+    all_of = study_world.EPISODES
+    assert records.read_sidecar(whole)["episodes"] == {"planned": all_of, "done": all_of - 1, "errored": 1}
 
 
 def test_the_sidecar_says_what_ran(ready: Study, policy: OpenVLAPolicy, whole: Path) -> None:
@@ -178,7 +165,7 @@ def test_a_stopped_study_goes_on_and_equals_an_uninterrupted_one(
     ended(ready, runner, tmp_path)
     study_world.require_equal(whole, tmp_path)
     keys = [json.loads(line).get("key") for line in (tmp_path / JOURNAL_FILE).read_text().splitlines()[1:]]
-    assert len(keys) == len(set(keys)) == EPISODES
+    assert len(keys) == len(set(keys)) == study_world.EPISODES
 
 
 def test_steps_without_a_line_are_run_again(ready: Study, runner: EpisodeRunner, whole: Path, tmp_path: Path) -> None:
@@ -201,7 +188,7 @@ def test_errored_episodes_are_kept_and_run_again_on_request(ready: Study, runner
     assert (whole / JOURNAL_FILE).read_text().count("\n") == before
     ended(ready, runner, whole, again=True)
     assert (whole / JOURNAL_FILE).read_text().count("\n") == before + 1
-    assert len(study_world.rows_of(whole)) == EPISODES
+    assert len(study_world.rows_of(whole)) == study_world.EPISODES
 
 
 def test_a_folder_of_another_study_is_refused(ready: Study, policy: OpenVLAPolicy, whole: Path, folder: Path) -> None:
@@ -275,7 +262,7 @@ def test_a_worker_that_died_with_nothing_to_do_is_opened_anew_as_itself(ready: S
     # While the other one loaded, and after its second episode.
     first = study_world.Mortal()
     second = study_world.Mortal(lambda job: "after" if len(second.ran) == 1 else "", idle=range(1, 2))
-    assert worked(ready, tmp_path, first, second) == ["made up"] * EPISODES
+    assert worked(ready, tmp_path, first, second) == ["made up"] * study_world.EPISODES
     assert [work.worker for work in first.told] == [0]
     assert [work.worker for work in second.told] == [1, 1, 1]
 
@@ -285,7 +272,7 @@ def test_a_worker_that_died_over_an_episode_is_opened_anew_as_itself(ready: Stud
     first = study_world.Mortal(lambda job: "in" if job.key == deadly else "")
     second = study_world.Mortal(lambda job: "in" if job.key == deadly or len(second.told) == 1 else "")
     errors = worked(ready, tmp_path, first, second)
-    assert (errors.count("made up"), f"ended {DEATHS} times" in errors[3]) == (EPISODES - 1, True)
+    assert (errors.count("made up"), f"ended {DEATHS} times" in errors[3]) == (study_world.EPISODES - 1, True)
     assert {work.worker for work in first.told} == {0}
     assert {work.worker for work in second.told} == {1}
     assert len(first.told) + len(second.told) == 2 + DEATHS + 1
@@ -393,124 +380,3 @@ def test_a_hand_is_said_to_hold_on_only_where_it_had_the_time(
     given = Inference(0, np.zeros((99, 7)), np.zeros(99), 0.0, 0.0, 0, 0, None, np.zeros((0, 0, 3), np.uint8))
     outcome = one._drive(scene, recorder, lambda _: given)
     assert (outcome["released"], one.taken) == (released, taken)
-
-
-# -- processes, killed; Ray ------------------------------------------------------------------------------------------
-
-TWO_TASKS = [{"suite": "libero_object", "tasks": [3, 6], "starts": 2, "limit": study_world.LIMIT}]
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path, policy: OpenVLAPolicy) -> Path:
-    path = folder / "study.yaml"
-    content = study_world.plain("./tiny.yaml", "store", suites=TWO_TASKS, conditions=CONDITIONS)
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-@pytest.fixture(scope="module")
-def two_tasks(config: Path, folder: Path) -> Path:
-    """Both tasks, by one worker process in one go."""
-    out = folder / "two"
-    assert command(config, out).wait() == 0
-    return out
-
-
-def command(config: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    script = "from steer_runtime.cli.main import main; main()"
-    words = [sys.executable, "-c", script, "eval", "study", str(config), "--out", str(out), *more]
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        words, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
-def lines_of(out: Path) -> int:
-    path = out / JOURNAL_FILE
-    return path.read_bytes().count(b"\n") - 1 if path.is_file() else 0
-
-
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(what: object, seconds: float = 900.0) -> None:
-    assert callable(what)
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-@pytest.mark.heavy
-@pytest.mark.timeout(3600)
-def test_a_study_killed_at_any_moment_ends_with_the_same_rows(config: Path, two_tasks: Path, tmp_path: Path) -> None:
-    for after in (2, 7, 15):
-        process = command(config, tmp_path, "--workers", "2")
-        wait_for(lambda after=after: lines_of(tmp_path) >= after)
-        mine = children(process.pid)
-        assert mine
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        # Workers of a killed study end by themselves.
-        wait_for(lambda mine=mine: not any(map(running, mine)), 300)
-    assert command(config, tmp_path, "--workers", "2").wait() == 0
-    study_world.require_equal(two_tasks, tmp_path)
-    keys = [json.loads(line).get("key") for line in (tmp_path / JOURNAL_FILE).read_text().splitlines()[1:]]
-    assert len(keys) == len(set(keys)) == 2 * EPISODES
-
-
-@pytest.mark.heavy
-@pytest.mark.timeout(3600)
-def test_a_worker_that_is_killed_is_replaced(config: Path, two_tasks: Path, tmp_path: Path) -> None:
-    process = command(config, tmp_path)
-    wait_for(lambda: lines_of(tmp_path) >= 2)
-    workers = [c for c in children(process.pid) if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
-    os.kill(workers[-1], signal.SIGKILL)
-    assert process.wait() == 0
-    study_world.require_equal(two_tasks, tmp_path)
-
-
-@pytest.mark.heavy
-@pytest.mark.timeout(3600)
-def test_interrupt_finishes_what_runs_and_writes_the_tables(config: Path, two_tasks: Path, tmp_path: Path) -> None:
-    process = command(config, tmp_path)
-    wait_for(lambda: lines_of(tmp_path) >= 2)
-    # As a terminal does: the whole group gets it.
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() == 130
-    rows = study_world.rows_of(tmp_path)
-    assert len(rows) == lines_of(tmp_path) < 2 * EPISODES
-    assert rows == study_world.rows_of(two_tasks)[: len(rows)]
-
-
-@pytest.mark.heavy
-@pytest.mark.timeout(3600)
-def test_ray_gives_the_same_rows(config: Path, two_tasks: Path, tmp_path: Path) -> None:
-    assert command(config, tmp_path, "--ray", "local", "--workers", "2").wait() == 0
-    study_world.require_equal(two_tasks, tmp_path)
-
-
-@pytest.mark.heavy
-@pytest.mark.timeout(3600)
-def test_two_nodes_of_a_cluster_give_the_same_rows(config: Path, two_tasks: Path, tmp_path: Path) -> None:
-    """A head and a second node on the loopback interface, a CPU each, as `ray start` makes them."""
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        nodes.add_node(num_cpus=1)
-        assert command(config, tmp_path, "--ray", nodes.address, "--workers", "2").wait() == 0
-    finally:
-        nodes.shutdown()
-    study_world.require_equal(two_tasks, tmp_path)
-    # A worker holds a CPU, so no node had room for both.
-    assert set(records.read_episodes(tmp_path).column("worker").to_pylist()) == {0, 1}

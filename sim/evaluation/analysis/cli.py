@@ -40,7 +40,7 @@ def report(
     if held > told_of:
         typer.echo(
             f"the page tells of {told_of} episodes, and the journal holds {held}: `steer eval study` with --tables, or its "
-            "end, brings them into the tables",
+            "end, brings those that its YAML plans into the tables",
             err=True,
         )
     with bar("measure", told_of) as tick:
