@@ -141,7 +141,7 @@ def _told(subject: Subject, does: Does, chosen: dict[str, Effect]) -> Verdict:
     headline = f"{subject.name} {SHOWN[does]}{_ways(subject, does, chosen)}"
     if chosen:
         margin = next(iter(chosen.values())).non_inferiority.margin
-        headline += f"{', but' if kept == 'lost' else ', and'} {KEPT[kept].format(margin=f'{1e2 * margin:.0f}')}"
+        headline += f"{', but' if kept == 'lost' and does == 'yes' else ', and'} {KEPT[kept].format(margin=f'{1e2 * margin:.0f}')}"
     return Verdict(does, labels, kept, f"{headline}.", _evidence(subject, does, chosen), _price(chosen))
 
 
