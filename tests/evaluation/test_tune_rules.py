@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from sim.evaluation.analysis.estimate import Estimate
 from sim.evaluation.analysis.metrics import spreads
+from sim.evaluation.tuning import words
 from sim.evaluation.tuning.held_out import Checked, verified_range
 from sim.evaluation.tuning.plan import bare, require_apart
 from sim.evaluation.tuning.score import Aim, Pair, Score, Seen, front, hopeless, score
 from sim.evaluation.tuning.settings import Search, read_tuning
 from sim.evaluation.tuning.space import Point, require, shaped, unchanged
+from sim.evaluation.tuning.trials import Outcome
 from steer_runtime.directions.direction import Direction, Neurons
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Tower
@@ -126,11 +129,27 @@ AIM = Aim("speed", -1.0, 0.10, 1.0, 3, {"speed": 1.0, "height": 2.0})
 def test_the_effect_counts_the_wanted_way_and_damage_in_unsteered_deviations() -> None:
     pairs: list[Pair] = [(seen(speed=7.0, height=21.0), seen()), (seen(False, speed=9.0, height=None), seen())]
     found = score(pairs, AIM)
-    assert found == Score(2.0, 0.5, 1.0, 0.5, 0.5, 2, 2)
+    assert found == Score(2.0, 0.5, 1.0, 0.5, 0.5, 2, 2, {"height": 0.5})
     assert found.violations(0.10, 1.0) == {"success": pytest.approx(0.4), "damage": pytest.approx(-0.5)}
     assert not found.keeps(0.10, 1.0)
     assert not score([(seen(height=30.0), seen())], AIM).keeps(0.10, 1.0)
     assert score([(seen(height=30.0), seen())], AIM).keeps(0.10, None)
+
+
+def test_a_trial_over_the_limit_says_what_moved_most_besides() -> None:
+    sides = {**AIM.scales, "jerk": 1.0}
+    one, other = (Seen(True, {"speed": 10.0, "height": h, "jerk": j}) for h, j in ((14.0, 2.5), (20.0, 0.5)))
+    outcome = Outcome("complete", score([(one, other)], replace(AIM, scales=sides)), None, 1)
+    trial: dict[str, Any] = {"number": 0, "point": {"strength": 1.0}, "outcome": asdict(outcome), "keeps": False}
+    found = {
+        "metric": {"unit": "cm/s"}, "settings": {"margin": 0.1, "damage": 1.0},
+        "ends": {"positive": {"best": None, "front": [], "trials": [trial]}},
+    }  # fmt: skip
+    assert words.rows(found, "positive")[0]["why"] == (
+        "moves other things by more than 1: most of all carrying height, \N{MINUS SIGN}3.00"
+    )
+    del trial["outcome"]["score"]["aside"]
+    assert words.rows(found, "positive")[0]["why"] == "moves other things by more than 1"
 
 
 def test_a_metric_that_never_varies_has_its_floor_as_its_scale() -> None:

@@ -10,7 +10,7 @@ least, see `shares.least_pairs`). The proof is asked of the held-out starts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -46,7 +46,8 @@ class Aim:
 @dataclass(frozen=True)
 class Score:
     """effect: mean change of the metric in the wanted direction, in its unit, over `valued` pairs. loss: pairs lost minus won,
-    as a share of all. damage: root mean square over the off-axis metrics of their mean change in standard deviations."""
+    as a share of all. damage: root mean square over the off-axis metrics of their mean change in standard deviations; aside: those
+    changes, by metric."""
 
     effect: float | None
     success: float
@@ -55,6 +56,7 @@ class Score:
     damage: float | None
     pairs: int
     valued: int
+    aside: Mapping[str, float] = field(default_factory=dict)
 
     def violations(self, margin: float, damage: float | None) -> dict[str, float]:
         """Limit -> by how much it is passed; at most 0 where it is kept."""
@@ -70,11 +72,11 @@ class Score:
 def score(pairs: Sequence[Pair], aim: Aim) -> Score:
     """Of at least one pair."""
     changes = _changes(pairs, aim.metric)
-    aside = []
+    aside = {}
     for name in off_axis(aim.metric):
         moved = _changes(pairs, name)
         if moved and name in aim.scales:
-            aside.append(float(np.mean(moved)) / aim.scales[name])
+            aside[name] = float(np.mean(moved)) / aim.scales[name]
     n = len(pairs)
     won = sum(a.success and not b.success for a, b in pairs)
     lost = sum(b.success and not a.success for a, b in pairs)
@@ -83,9 +85,10 @@ def score(pairs: Sequence[Pair], aim: Aim) -> Score:
         success=sum(a.success for a, _ in pairs) / n,
         unsteered=sum(b.success for _, b in pairs) / n,
         loss=(lost - won) / n,
-        damage=float(np.sqrt(np.mean(np.square(aside)))) if aside else None,
+        damage=float(np.sqrt(np.mean(np.square(list(aside.values()))))) if aside else None,
         pairs=n,
         valued=len(changes),
+        aside=aside,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sim.evaluation.analysis.metrics import METRICS
 from sim.evaluation.analysis.verdict import DASH, number, percent
 from sim.evaluation.tuning.write_back import SUFFIX
 
@@ -132,8 +133,16 @@ def _passed(found: Found, score: Found) -> str:
     if score and score["loss"] > limits["margin"] + 1e-9:
         out.append(f"loses {percent(score['loss'])} of success")
     if score and limits["damage"] is not None and (score["damage"] or 0.0) > limits["damage"]:
-        out.append(f"moves other things by more than {limits['damage']:g}")
+        out.append(f"moves other things by more than {limits['damage']:g}{_most(score.get('aside') or {})}")
     return "; ".join(out)
+
+
+def _most(aside: Mapping[str, float]) -> str:
+    """Which metric moved most besides, in standard deviations."""
+    if not aside:
+        return ""
+    name = max(aside, key=lambda metric: abs(aside[metric]))
+    return f": most of all {METRICS[name].what}, {number(aside[name], sign=True)}"
 
 
 def _with_interval(e: Found, scale: float = 1.0, sign: bool = False) -> str:
