@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -194,17 +194,17 @@ class DirectionStore:
                 entries.append(StoredAxis(name, None, refused.sentence))
         return tuple(entries)
 
-    def verify(self, model: TowerIdentity | None = None) -> tuple[tuple[str, str], ...]:
+    def verify(self, towers: Sequence[TowerIdentity] = ()) -> tuple[tuple[str, str], ...]:
         """(name, reason) of everything in the folder that is no good: files, axes, what is neither.
 
-        model: what the directions must belong to and fit, where given.
+        towers: of the model that the directions must belong to, where given; each must fit the one that it names.
         """
         problems = []
+        named = {tower.tower: tower for tower in towers}
         for entry in self.list():
-            if entry.direction is not None and model is not None:
+            if entry.direction is not None and named:
                 try:
-                    sizes = (model.layers, model.d_model, model.d_ff)
-                    entry.direction.require_model(model.model_hash, model.tower, sizes)
+                    _require_tower(entry.direction, named)
                 except SteerError as refused:
                     problems.append((entry.id, refused.sentence))
             elif entry.problem is not None:
@@ -310,6 +310,17 @@ class DirectionStore:
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self.root / name, content)
+
+
+def _require_tower(direction: Direction, towers: Mapping[str, TowerIdentity]) -> None:
+    """Raises SteerError('other_model')."""
+    of = towers.get(direction.tower)
+    if of is None:
+        raise SteerError(
+            "other_model",
+            f"direction {direction.id!r} is for tower {direction.tower!r}: expected one of {', '.join(towers)}, the model's",
+        )
+    direction.require_model(of.model_hash, of.tower, (of.layers, of.d_model, of.d_ff))
 
 
 def _names_of(direction: Direction) -> set[str]:

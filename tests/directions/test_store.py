@@ -20,6 +20,7 @@ from strategies import D_FF, D_MODEL, LAYERS, MODEL, damages, directions, neuron
 from steer_runtime.directions.card import MAX_CARD_BYTES
 from steer_runtime.directions.direction import Axis, Direction
 from steer_runtime.directions.store import MAX_TENSOR_BYTES, DirectionStore
+from steer_runtime.directions.token_basis import TowerIdentity
 from steer_runtime.errors import SteerError
 from steer_runtime.types import Tower
 
@@ -93,6 +94,19 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
 )
 def test_a_ref_that_is_no_name_never_reaches_the_file_system(tmp_path: Path, ref: str) -> None:
     assert refused(lambda: DirectionStore(tmp_path / "absent").load(ref)).code == "bad_name"
+
+
+def test_each_direction_is_verified_against_the_tower_that_it_names(tmp_path: Path) -> None:
+    store = DirectionStore(tmp_path)
+    for name, tower in (("up", "prefix"), ("down", "expert")):
+        store.save(replace(neuron_direction(name), tower=tower))
+    prefix = TowerIdentity("prefix", MODEL, LAYERS, D_MODEL, D_FF)
+    assert store.verify() == store.verify((prefix, replace(prefix, tower="expert"))) == ()
+    smaller = replace(prefix, tower="expert", d_ff=D_FF - 1)
+    ((name, reason),) = store.verify((prefix, smaller))
+    assert (name.split("@")[0], "tower 'expert' has" in reason) == ("down", True)
+    ((name, reason),) = store.verify((prefix,))
+    assert (name.split("@")[0], "for tower 'expert': expected one of prefix" in reason) == ("down", True)
 
 
 def test_a_direction_of_another_model_is_refused_by_the_tower(tmp_path: Path) -> None:

@@ -332,6 +332,8 @@ def test_the_pi0_fast_clusters_belong_to_a_prefix_of_its_shape(shell: Shell, tmp
         [15, 15, 2],
         {10.0},
     )
+    verified = shell("verify", "--checkpoint", folder)
+    assert verified.exit_code == 0, verified.output
 
 
 @pytest.mark.heavy

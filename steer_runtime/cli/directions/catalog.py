@@ -12,7 +12,6 @@ from steer_runtime.cli.directions.common import (
     DEFAULT_STORE,
     UNTRAINED,
     StoreOption,
-    TowerOption,
     new_console,
     new_table,
     printable,
@@ -20,7 +19,7 @@ from steer_runtime.cli.directions.common import (
     show_direction,
     untrained_suffix,
 )
-from steer_runtime.cli.directions.exchange import ModelCheckpoint, ModelPolicy, model_of
+from steer_runtime.cli.directions.exchange import ModelCheckpoint, ModelPolicy, towers_of
 from steer_runtime.errors import SteerError
 
 app = typer.Typer()
@@ -152,22 +151,22 @@ def list_directions(store: StoreOption = DEFAULT_STORE) -> None:
 def verify(
     policy: ModelPolicy = "",
     checkpoint: ModelCheckpoint = None,
-    tower: TowerOption = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Read every file of the store: hashes, cards, ends of axes, and the model if one is given. Exit code 2 for a problem."""
+    """Read every file of the store: hashes, cards, ends of axes, and the model if one is given, each direction beside the
+    tower that it names. Exit code 2 for a problem."""
     from steer_runtime.directions.store import DirectionStore
 
     if not store.is_dir():
         raise SteerError("bad_store", f"{store} is no folder: give the folder of directions to verify")
     folder = DirectionStore(store)
-    identity = model_of(policy, checkpoint, tower)[0] if policy or checkpoint is not None else None
-    problems = folder.verify(identity)
+    towers = towers_of(policy, checkpoint) if policy or checkpoint is not None else ()
+    problems = folder.verify(towers)
     for name, problem in problems:
         typer.echo(f"{printable(name)}: {printable(problem)}", err=True)
     if problems:
         raise SteerError("bad_store", f"{len(problems)} problems in {store}, see above")
-    whose = "" if identity is None else f", all of model {identity.model_hash[:12]}"
+    whose = f", all of model {towers[0].model_hash[:12]}" if towers else ""
     say(f"{len(folder.list())} directions and {len(folder.list_axes())} axes in {store} verify{whose}")
 
 

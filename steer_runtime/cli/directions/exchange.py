@@ -152,6 +152,20 @@ def model_of(policy: str, checkpoint: Path | None, tower: str) -> tuple[TowerIde
     """Identity of a tower, of a loaded policy or of a checkpoint's files, and facts for the provenance."""
     from steer_runtime.directions.token_basis import TowerIdentity
 
+    model = _model(policy, checkpoint)
+    return TowerIdentity.of(tower_of(model, tower), model.model_hash), policy_facts(model)
+
+
+def towers_of(policy: str, checkpoint: Path | None) -> tuple[TowerIdentity, ...]:
+    """Identities of all towers, otherwise as `model_of`."""
+    from steer_runtime.directions.token_basis import TowerIdentity
+
+    model = _model(policy, checkpoint)
+    return tuple(TowerIdentity.of(tower, model.model_hash) for tower in model.towers.values())
+
+
+def _model(policy: str, checkpoint: Path | None) -> Any:
+    """A loaded policy, or the vectors of a checkpoint's files, hashed."""
     if bool(policy) == (checkpoint is not None):
         given = "both" if policy else "none"
         raise SteerError(
@@ -159,13 +173,13 @@ def model_of(policy: str, checkpoint: Path | None, tower: str) -> tuple[TowerIde
             f"{given} of --policy and --checkpoint was given: expected one, the model the directions are of",
         )
     if checkpoint is None:
-        loaded = load(policy)
-        return TowerIdentity.of(tower_of(loaded, tower), loaded.model_hash), policy_facts(loaded)
+        return load(policy)
     from steer_runtime.directions.checkpoint_vectors import CheckpointVectors
 
     with progress_bar("hashing weights (millions)") as progress:
         vectors = CheckpointVectors(checkpoint, hash_progress=progress)
-        return TowerIdentity.of(tower_of(vectors, tower), vectors.model_hash), policy_facts(vectors)
+        assert vectors.model_hash  # computed while the bar is up
+    return vectors
 
 
 def _format_of(path: Path) -> str:
