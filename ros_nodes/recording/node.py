@@ -51,6 +51,9 @@ LOOK_S = 0.25
 """How often new topics are looked for."""
 TOLD_S = 10.0
 """How often the log says how far it is."""
+SILENT_S = 5.0
+"""Without a word of anybody while others are there; each of our nodes tells its health once a second."""
+DIAGNOSTICS = "/diagnostics"
 
 RELIABLE = {
     "command": SteeringCommand,
@@ -115,10 +118,11 @@ class RecorderNode(Node):
         self.path = Path(settings.path)
         self._store = message_store()
         self._writer = RecordingWriter(self.path, self._about(), waiting_bytes=settings.waiting_mb << 20)
+        self._mine = str(self.path).encode()  # nobody else's diagnosis names this file
         self._numbers: dict[str, int] = {}
         self._unknown: set[str] = set()
         self._last: dict[tuple[str, Any], int] = {}
-        self._newest_s = time.monotonic()
+        self._newest_s = time.monotonic()  # of what others said
         self._told_s = time.monotonic()
         self._disk = ""
         self._missing_before = 0
@@ -134,7 +138,7 @@ class RecorderNode(Node):
         for name, kind in SENSED.items():
             self._listen(self._full(name), kind, reliable=False, latched=False)
         self._listen_to_cameras(settings.cameras)
-        self._listen("/diagnostics", DiagnosticArray, reliable=True, latched=False)
+        self._listen(DIAGNOSTICS, DiagnosticArray, reliable=True, latched=False)
         self._thread = threading.Thread(target=self._write, name="recording", daemon=True)
         self._thread.start()
         self.create_timer(LOOK_S, self._look)
@@ -251,7 +255,8 @@ class RecorderNode(Node):
         sequence = int(info.get("publication_sequence_number") or 0)
         self._count_gap(name, info.get("publisher_gid"), sequence)
         heard = _Heard(number, data, time.time_ns(), int(info.get("source_timestamp") or 0), sequence)
-        self._newest_s = time.monotonic()
+        if not (name == DIAGNOSTICS and self._mine in data):
+            self._newest_s = time.monotonic()
         with self._changed:
             if self._heard_bytes + len(data) > self._settings.waiting_mb << 20:
                 self.missed[name] += 1
@@ -306,6 +311,7 @@ class RecorderNode(Node):
 
     def _health(self) -> Health:
         missing = self.missing()
+        age_s = time.monotonic() - self._newest_s
         messages = sum(list(self._writer.messages.values()))
         values = {
             "path": self.path,
@@ -313,7 +319,7 @@ class RecorderNode(Node):
             "bytes": self._writer.size,
             "waiting_bytes": self._writer.waiting,
             "missing": sum(missing.values()),
-            "newest_age_s": time.monotonic() - self._newest_s,
+            "newest_age_s": age_s,
             **{f"missing {name}": count for name, count in missing.items()},
         }
         rates = {"messages": messages, "bytes": self._writer.size}
@@ -325,6 +331,14 @@ class RecorderNode(Node):
             return Health(ERROR if fresh else WARN, self._disk, values, rates)
         if fresh:
             return Health(WARN, f"{fresh} messages were missed in the last second", values, rates)
+        # Fast DDS was seen to deliver nothing more to one process when another one was killed with -9.
+        others = self.count_publishers(DIAGNOSTICS) - 1
+        if age_s > SILENT_S and others > 0:
+            sentence = (
+                f"nothing is heard for {age_s:.0f} s, though {others} other publishers tell their health here: one was killed, or "
+                "messages do not arrive any more; if it stays, start the recorder again"
+            )
+            return Health(WARN, sentence, values, rates)
         return Health(OK, f"recording to {self.path}", values, rates)
 
 

@@ -19,16 +19,17 @@ from typing import Any
 import fabricate
 import numpy as np
 import pytest
-from diagnostic_msgs.msg import DiagnosticStatus
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from driver import NodeProcess, PolicyProcess, SensorDriver
 from std_msgs.msg import String
 from subjects_ros import make_direction
 
 from ros_nodes.client import SteeringClient
 from ros_nodes.convert import ns_from_time
-from ros_nodes.qos import SENSOR
+from ros_nodes.qos import DIAGNOSTICS, SENSOR
 from ros_nodes.recording.definitions import definition_of, message_store
 from ros_nodes.recording.file import Recorded, Recording, RecordingWriter
+from ros_nodes.recording.node import SILENT_S
 from ros_nodes.recording.replay import Replay, Report
 from steer_runtime.directions.store import DirectionStore
 from steer_runtime.errors import SteerError
@@ -235,6 +236,23 @@ def test_a_disk_that_filled_in_between_costs_nothing_once_it_frees(run: Run) -> 
     with Recording(run.full) as full, Recording(run.whole) as whole:
         assert full.path.stat().st_size > FULL_BYTES
         assert count(full, "trace") == count(whole, "trace")
+
+
+def test_a_recorder_that_hears_nobody_says_so(tmp_path: Path, third_domain: int) -> None:
+    path = tmp_path / "alone.mcap"
+    with SensorDriver(domain=third_domain) as watcher, RecorderProcess(path, third_domain):
+
+        def told(words: str) -> DiagnosticStatus:
+            return watcher.wait_diagnosis(lambda s: "recorder" in s.name and words in s.message, timeout=PATIENCE_S)
+
+        told("recording to")
+        # Another node is there, and says nothing.
+        other = watcher.node.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
+        status = told("though 1 other publishers")
+        assert status.level == DiagnosticStatus.WARN
+        assert float(next(v.value for v in status.values if v.key == "newest_age_s")) > SILENT_S
+        other.publish(DiagnosticArray())
+        told("recording to")
 
 
 def test_a_recording_without_frames_is_shown_but_not_run_again(run: Run) -> None:
