@@ -264,16 +264,13 @@ def test_a_recording_without_frames_is_shown_but_not_run_again(run: Run) -> None
     assert run.slim.stat().st_size < run.whole.stat().st_size / 5
 
 
-def changed(path: Path, out: Path, change: Callable[[Recorded], None], *, until: int) -> Path:
-    """A copy of a recording up to so many inferences, with messages changed."""
+def changed(path: Path, out: Path, change: Callable[[Recorded], None]) -> Path:
+    """A copy of a recording with messages changed. Of the whole: on a busy machine frames are heard long after their traces."""
     store = message_store()
     with Recording(path) as recording:
         writer = RecordingWriter(out, recording.about)
         topics: dict[str, int] = {}
         for recorded in recording.messages():
-            until -= recorded.topic == "/steer/trace"
-            if until < 0:
-                break
             if recorded.topic not in topics:
                 definition = definition_of(store, recorded.kind)
                 assert definition is not None
@@ -297,7 +294,7 @@ def test_the_first_difference_is_named_and_is_the_exit_code(run: Run, tmp_path: 
                 data[3] = np.nextafter(data[3], np.float32(2.0))
                 recorded.message.data = data
 
-    path = changed(run.whole, tmp_path / "changed.mcap", change, until=start + 8)
+    path = changed(run.whole, tmp_path / "changed.mcap", change)
     report = replayed(path)
     assert not report.reproduced
     assert report.different == 2
@@ -315,10 +312,7 @@ def test_a_strength_other_than_recorded_comes_out_otherwise(run: Run, tmp_path: 
             for applied in recorded.message.applied:
                 applied.strength *= 0.5
 
-    with Recording(run.whole) as recording:
-        steered = [bool(m.message.applied) for m in recording.messages(frozenset({"/steer/trace"}))].index(True)
-    until = max(steered, before_the_first_frame(run.whole)) + 8
-    report = replayed(changed(run.whole, tmp_path / "weaker.mcap", change, until=until))
+    report = replayed(changed(run.whole, tmp_path / "weaker.mcap", change))
     assert report.different > 0
 
 
