@@ -53,7 +53,7 @@ TOLD_S = 10.0
 """How often the log says how far it is."""
 SILENT_S = 5.0
 """Without a word of anybody while others are there; each of our nodes tells its health once a second."""
-DIAGNOSTICS = "/diagnostics"
+HEALTH_TOPIC = "/diagnostics"
 
 RELIABLE = {
     "command": SteeringCommand,
@@ -138,7 +138,7 @@ class RecorderNode(Node):
         for name, kind in SENSED.items():
             self._listen(self._full(name), kind, reliable=False, latched=False)
         self._listen_to_cameras(settings.cameras)
-        self._listen(DIAGNOSTICS, DiagnosticArray, reliable=True, latched=False)
+        self._listen(HEALTH_TOPIC, DiagnosticArray, reliable=True, latched=False)
         self._thread = threading.Thread(target=self._write, name="recording", daemon=True)
         self._thread.start()
         self.create_timer(LOOK_S, self._look)
@@ -255,7 +255,7 @@ class RecorderNode(Node):
         sequence = int(info.get("publication_sequence_number") or 0)
         self._count_gap(name, info.get("publisher_gid"), sequence)
         heard = _Heard(number, data, time.time_ns(), int(info.get("source_timestamp") or 0), sequence)
-        if not (name == DIAGNOSTICS and self._mine in data):
+        if not (name == HEALTH_TOPIC and self._mine in data):
             self._newest_s = time.monotonic()
         with self._changed:
             if self._heard_bytes + len(data) > self._settings.waiting_mb << 20:
@@ -332,11 +332,13 @@ class RecorderNode(Node):
         if fresh:
             return Health(WARN, f"{fresh} messages were missed in the last second", values, rates)
         # Fast DDS was seen to deliver nothing more to one process when another one was killed with -9.
-        others = self.count_publishers(DIAGNOSTICS) - 1
+        others = [info.node_namespace for info in self.get_publishers_info_by_topic(HEALTH_TOPIC)].count(
+            self.get_namespace()
+        ) - 1
         if age_s > SILENT_S and others > 0:
             sentence = (
-                f"nothing is heard for {age_s:.0f} s, though {others} other publishers tell their health here: one was killed, or "
-                "messages do not arrive any more; if it stays, start the recorder again"
+                f"nothing is heard for {age_s:.0f} s, though other nodes are in {self.get_namespace()} ({others}): one was "
+                "killed, or messages do not arrive any more; if it stays, start the recorder again"
             )
             return Health(WARN, sentence, values, rates)
         return Health(OK, f"recording to {self.path}", values, rates)

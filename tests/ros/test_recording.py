@@ -248,7 +248,7 @@ def test_a_recorder_that_hears_nobody_says_so(tmp_path: Path, third_domain: int)
         told("recording to")
         # Another node is there, and says nothing.
         other = watcher.node.create_publisher(DiagnosticArray, "/diagnostics", DIAGNOSTICS)
-        status = told("though 1 other publishers")
+        status = told("though other nodes are in /steer (1)")
         assert status.level == DiagnosticStatus.WARN
         assert float(next(v.value for v in status.values if v.key == "newest_age_s")) > SILENT_S
         other.publish(DiagnosticArray())

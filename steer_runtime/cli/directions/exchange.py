@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,20 +154,22 @@ def model_of(policy: str, checkpoint: Path | None, tower: str) -> tuple[TowerIde
     """Identity of a tower, of a loaded policy or of a checkpoint's files, and facts for the provenance."""
     from steer_runtime.directions.token_basis import TowerIdentity
 
-    model = _model(policy, checkpoint)
-    return TowerIdentity.of(tower_of(model, tower), model.model_hash), policy_facts(model)
+    with _model(policy, checkpoint) as model:
+        # A wrong tower is refused before gigabytes are hashed.
+        return TowerIdentity.of(tower_of(model, tower), model.model_hash), policy_facts(model)
 
 
 def towers_of(policy: str, checkpoint: Path | None) -> tuple[TowerIdentity, ...]:
     """Identities of all towers, otherwise as `model_of`."""
     from steer_runtime.directions.token_basis import TowerIdentity
 
-    model = _model(policy, checkpoint)
-    return tuple(TowerIdentity.of(tower, model.model_hash) for tower in model.towers.values())
+    with _model(policy, checkpoint) as model:
+        return tuple(TowerIdentity.of(tower, model.model_hash) for tower in model.towers.values())
 
 
-def _model(policy: str, checkpoint: Path | None) -> Any:
-    """A loaded policy, or the vectors of a checkpoint's files, hashed."""
+@contextmanager
+def _model(policy: str, checkpoint: Path | None) -> Iterator[Any]:
+    """A loaded policy, or the vectors of a checkpoint's files, with a bar for when they are hashed."""
     if bool(policy) == (checkpoint is not None):
         given = "both" if policy else "none"
         raise SteerError(
@@ -173,13 +177,12 @@ def _model(policy: str, checkpoint: Path | None) -> Any:
             f"{given} of --policy and --checkpoint was given: expected one, the model the directions are of",
         )
     if checkpoint is None:
-        return load(policy)
+        yield load(policy)
+        return
     from steer_runtime.directions.checkpoint_vectors import CheckpointVectors
 
     with progress_bar("hashing weights (millions)") as progress:
-        vectors = CheckpointVectors(checkpoint, hash_progress=progress)
-        assert vectors.model_hash  # computed while the bar is up
-    return vectors
+        yield CheckpointVectors(checkpoint, hash_progress=progress)
 
 
 def _format_of(path: Path) -> str:
